@@ -1,0 +1,247 @@
+"""Token shards on disk, and the training batch as a pure function of (seed, step).
+
+A folder of shards holds NAME_val_000000.bin, NAME_train_000001.bin, … in the format llm.c and modded-nanogpt
+share: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, a delimiter before each
+document. prepare_data.py also writes a meta.json beside them that says which tokenizer made them.
+
+Nothing here keeps a position. Training sequences are numbered; each epoch visits the numbers in an order of its
+own, computed one by one from (seed, epoch); a resumed run asks for step 1000 and gets what it would have got.
+"""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+# magic number → (version, dtype of a token)
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its text is one line that says what is wrong and how to fix it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    dtype: np.dtype
+    tokens: int
+
+    def read(self, start, count):
+        """Tokens start … start + count − 1, as int64."""
+        offset = HEADER_BYTES + start * self.dtype.itemsize
+        return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
+
+
+def token_dtype(vocab_size):
+    """The narrowest of the format's two token types that holds ids below vocab_size."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def shard_header(dtype, tokens):
+    """The 1024 bytes that precede `tokens` tokens of this dtype."""
+    magic, version = next((magic, version) for magic, (version, d) in FORMATS.items() if d == dtype)
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = magic, version, tokens
+    return header.tobytes()
+
+
+def open_shard(path):
+    """The Shard in this file, its header checked against its size; UserError if it is damaged or none at all."""
+    path = Path(path)
+    header = np.fromfile(path, "<i4", HEADER_INTS)
+    if len(header) < HEADER_INTS:
+        raise UserError(f"{path} is no token shard: it is shorter than the header; prepare it again or delete it")
+    magic, version, tokens = (int(value) for value in header[:3])
+    if magic not in FORMATS:
+        raise UserError(f"{path} is no token shard: its magic number is {magic}, not {' or '.join(map(str, FORMATS))}")
+    expected_version, dtype = FORMATS[magic]
+    if version != expected_version:
+        raise UserError(f"{path} has version {version} of the shard format; this code reads version {expected_version}")
+    held = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
+    if held != tokens:
+        raise UserError(f"{path} is damaged: its header says {tokens} tokens, it holds {held:g}; prepare it again")
+    return Shard(path, dtype, tokens)
+
+
+def find_shards(folder, split):
+    """The shards of "train" or "val" in a folder, in the order of their names; UserError if there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {folder}: make it with prepare_data.py (its line is in the config)")
+    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    if not paths:
+        raise UserError(f"{folder} has no {split} shards (*_{split}_*.bin): make them with prepare_data.py")
+    return [open_shard(path) for path in paths]
+
+
+def read_meta(folder):
+    """meta.json of a folder of shards, or None where there is none (shards made by others)."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        int(meta["vocab_size"]), str(meta["tokenizer"])
+        for split in ("train", "val"):
+            int(meta["splits"][split]["tokens"]), int(meta["splits"][split]["bytes"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is malformed ({error!r}): prepare the data again, or delete it to train without"
+        ) from None
+    return meta
+
+
+def bits_per_byte(loss, meta):
+    """Validation loss in nats a token → bits a byte of the text that the tokens stand for; None without meta."""
+    if meta is None or not meta["splits"]["val"]["bytes"]:
+        return None
+    return loss / math.log(2) * meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def _mix(x):
+    """A uint64 hash of each element of x (splitmix64's finaliser)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffled(index, n, seed, epoch):
+    """Where each number in `index` (below n) goes in a random permutation of 0 … n−1 fixed by (seed, epoch).
+
+    A Feistel network permutes the numbers of an even count of bits by hashing one half into the other; numbers
+    that land at n or beyond go through again until they fall below. So no permutation is ever stored.
+    """
+    half = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+    keys = [_mix(key + np.uint64(k)) for k in range(1, 7)]
+    index = np.array(index, np.uint64)
+    pending = np.ones(len(index), bool)
+    while pending.any():
+        left, right = index[pending] >> half, index[pending] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        index[pending] = left << half | right
+        pending = index >= n
+    return index.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+class Corpus:
+    """One split of a folder of shards, as numbered sequences of seq_len + 1 tokens: seq_len inputs, and the
+    targets one further on. Neighbours share a token, so that each target is predicted once an epoch."""
+
+    def __init__(self, folder, split, seq_len, vocab_size):
+        self.shards = find_shards(folder, split)
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        self.ends = np.cumsum([max(0, shard.tokens - 1) // seq_len for shard in self.shards])
+        self.n_sequences = int(self.ends[-1])
+
+    def read(self, shard, start, count):
+        """Tokens of a shard, as int64, checked to be within the vocabulary."""
+        tokens = shard.read(start, count)
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise UserError(
+                f"{shard.path} holds token {tokens.max()}, beyond vocab_size={self.vocab_size}: "
+                f"raise vocab_size, or prepare the data with a smaller tokenizer"
+            )
+        return tokens
+
+    def sequence(self, number):
+        """Sequence 0 … n_sequences − 1: (seq_len + 1,) int64."""
+        index = int(np.searchsorted(self.ends, number, side="right"))
+        first = number - (self.ends[index - 1] if index else 0)
+        return self.read(self.shards[index], int(first) * self.seq_len, self.seq_len + 1)
+
+    def batch(self, seed, step, size, rows=None):
+        """Training batch number `step` of `size` sequences: (size, seq_len + 1) int64, or only its `rows` (a slice).
+
+        Position step·size + row of the run falls in epoch position // n_sequences, which visits every sequence
+        once in its own order. Depends on nothing else: not on ranks, micro-batches or earlier calls.
+        """
+        position = np.arange(step * size, (step + 1) * size)[rows or slice(None)]
+        epochs, places = np.divmod(position, self.n_sequences)
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            numbers[now] = shuffled(places[now], self.n_sequences, seed, int(epoch))
+        return np.stack([self.sequence(number) for number in numbers])
+
+
+def prefetched(function, arguments):
+    """function(argument) for each argument in turn, the next one computed in a thread while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for argument in arguments:
+            ready, waiting = waiting, pool.submit(function, argument)
+            if ready is not None:
+                yield ready.result()
+        if waiting is not None:
+            yield waiting.result()
+
+
+def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
+    """(inputs, targets), each (size, seq_len) int64, that predict the first max_tokens validation tokens once each.
+
+    Every rank of `world` gets its share. What does not fill the last sequence or the last batch is padded with
+    `ignore` targets: the set is covered to its last token, and every batch has one shape.
+    """
+    spans = []
+    for shard in corpus.shards:
+        for start in range(0, min(shard.tokens - 1, max_tokens), corpus.seq_len):
+            length = min(corpus.seq_len, shard.tokens - 1 - start, max_tokens - start)
+            spans.append((shard, start, length))
+        max_tokens -= max(0, min(shard.tokens - 1, max_tokens))
+    for first in range(rank * size, len(spans), world * size):
+        inputs = np.zeros((size, corpus.seq_len), np.int64)
+        targets = np.full((size, corpus.seq_len), ignore, np.int64)
+        for row, (shard, start, length) in enumerate(spans[first : first + size]):
+            tokens = corpus.read(shard, start, length + 1)
+            inputs[row, :length] = tokens[:-1]
+            targets[row, :length] = tokens[1:]
+        yield inputs, targets
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def get_tokenizer(name):
+    """The tiktoken.Encoding called `name`: "bytes" (256 bytes and an end-of-text, needs no download), "gpt2", or
+    any of tiktoken's own; UserError if there is none of that name or it cannot be loaded."""
+    import tiktoken
+
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+        )
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise UserError(f"unknown tokenizer {name!r}: known are bytes, {', '.join(known)}")
+    try:
+        # r50k_base has the ids of GPT-2 and comes as one file
+        return tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
+    except Exception as error:
+        raise UserError(
+            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): connect once, set "
+            f"TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
+        ) from None

@@ -1,0 +1,259 @@
+"""The Llama of the paper: RMSNorm, rotary positions, causal attention, and an MLP whose activation is the question.
+
+Modules carry the names Hugging Face gives them (embed_tokens, self_attn.q_proj, mlp.act_fn, …), sizes those of
+Llama (dim, n_layers, …). B is the batch, T the sequence length, C the model's width `dim`, D a head's width.
+
+Weights are float32 masters; the model computes in `compute_dtype`. Each Linear casts its weight to the dtype of
+its input, so one glance at x tells the precision: the residual stream is in the compute dtype (as in the paper's
+bf16 runs), while norms, rotary angles and the loss are computed in float32.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from activations import get_activation
+from xielu import upcast
+
+# Targets of this value are ignored: they pad the last validation batch.
+IGNORE = -1
+
+# The loss sees at most this many logits at a time (1 GB in float32): at 20480 tokens × 147456 words, all of
+# them at once would be 12 GB, and their gradient as much again.
+LOGITS_AT_ONCE = 2**28
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model. ffn_dim is the width of an ungated MLP; a gated one gets two thirds of it, so that its
+    three matrices hold as many parameters, and cost as many FLOPs, as the ungated one's two."""
+
+    dim: int = 384
+    n_layers: int = 6
+    n_heads: int = 6
+    n_kv_heads: int = 6
+    ffn_dim: int = 1536
+    vocab_size: int = 257
+    activation: str = "xielu"
+    seq_len: int = 256
+    rope_theta: float = 500000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.025
+
+    def __post_init__(self):
+        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise ValueError(f"dim={self.dim} over n_heads={self.n_heads} must give an even number for each head")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}")
+        if self.gated and self.ffn_dim % 3:
+            below = self.ffn_dim - self.ffn_dim % 3
+            nearest = f"{below} or {below + 3}" if below else "3"
+            raise ValueError(
+                f"ffn_dim={self.ffn_dim} does not divide by 3, as the gated {self.activation!r} needs "
+                f"(it gets 2/3 of the width): the nearest that does is {nearest}"
+            )
+
+    @property
+    def head_dim(self):
+        return self.dim // self.n_heads
+
+    @property
+    def gated(self):
+        return get_activation(self.activation).gated
+
+    @property
+    def mlp_dim(self):
+        """The width of the MLP that is built: ffn_dim, or 2/3 of it if gated."""
+        return self.ffn_dim * 2 // 3 if self.gated else self.ffn_dim
+
+
+class Linear(nn.Module):
+    """A linear layer without bias whose float32 weight is cast to the dtype of its input."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))  # filled by Llama.init_weights
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(upcast(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rope_table(seq_len, head_dim, theta, device=None):
+    """cos and sin of the rotary angles, each (T, D/2) in float32: in bf16 the angle errs by 16 rad at T = 4096."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, heads, T, D) by the angles of their position (T, D/2)."""
+    first, second = upcast(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; n_kv_heads < n_heads shares each key and value among several queries (GQA)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.q_proj = Linear(config.dim, config.n_heads * self.head_dim)
+        self.k_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
+        self.v_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
+        self.o_proj = Linear(config.n_heads * self.head_dim, config.dim)
+
+    def forward(self, x, cos, sin):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x), up(x))) for a gated activation."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = Linear(config.dim, config.mlp_dim)
+        self.gate_proj = Linear(config.dim, config.mlp_dim) if config.gated else None
+        self.down_proj = Linear(config.mlp_dim, config.dim)
+        self.act_fn = get_activation(config.activation).module()
+
+    def forward(self, x):
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), on x (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """tokens (B, T) → logits (B, T, vocab_size), or, given targets (B, T), their cross-entropy in nats a token."""
+
+    def __init__(self, config, compute_dtype=torch.float32, seed=0):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = Linear(config.dim, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Fill every weight, as the paper's configuration does:
+
+            embedding, untied head, q, k, v, up, gate      N(0, init_std)
+            o_proj, down_proj (they add to the residual)   N(0, init_std / √(2·n_layers))
+            norm gains                                     1
+            activation scalars                             as their module made them
+
+        Each weight has a random stream of its own, drawn on the CPU from (seed, name): models that differ in
+        their activation alone share every weight that both have, on any device.
+        """
+        for name, weight in self.named_parameters():
+            if weight.ndim < 2 or weight.is_meta:
+                continue
+            std = self.config.init_std
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.n_layers)
+            stream = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "little"))
+            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    def forward(self, tokens, targets=None, reduction="mean"):
+        T = tokens.shape[1]
+        x = self.embed_tokens(tokens).to(self.compute_dtype)
+        for layer in self.layers:
+            x = layer(x, self.cos[:T], self.sin[:T])
+        x = self.norm(x)
+        if targets is None:
+            return self.lm_head(x)
+        return self.loss(x, targets, reduction)
+
+    def loss(self, x, targets, reduction):
+        """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
+        reduction "mean" (nats a token) or "sum". Chunk by chunk, recomputing each chunk's logits for its gradient."""
+        x, targets = x.flatten(0, 1), targets.flatten()
+        weight = self.lm_head.weight.to(x.dtype)
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(x) <= rows:
+            total = chunk_loss(x, weight, targets)
+        else:
+            chunks = zip(x.split(rows), targets.split(rows))
+            total = sum(checkpoint(chunk_loss, h, weight, t, use_reentrant=False) for h, t in chunks)
+        return total / (targets != IGNORE).sum() if reduction == "mean" else total
+
+    def compile_parts(self):
+        """Compile each layer and the loss, in place. The layers share one compilation (it takes as long for 24 as
+        for one), state-dict names stay as they are, and DDP can send a layer's gradients while the next computes."""
+        for layer in self.layers:
+            layer.compile()
+        self.loss = torch.compile(self.loss)
+
+    def activation_scalars(self):
+        """The trained scalars of the activations, which take no weight decay."""
+        return [scalar for layer in self.layers for scalar in layer.mlp.act_fn.parameters()]
+
+    def effective_alphas(self):
+        """{name: [value in each layer]} of the activation's effective scalars; {} if it has none."""
+        layers = [layer.mlp.act_fn.effective() for layer in self.layers if hasattr(layer.mlp.act_fn, "effective")]
+        return {name: [layer[name] for layer in layers] for name in layers[0]} if layers else {}
+
+    def num_parameters(self):
+        """Trained parameters, tied ones counted once."""
+        return sum(weight.numel() for weight in self.parameters())
+
+    def flops_per_token(self):
+        """FLOPs to train on one token: 6 for each weight that multiplies, plus attention's 12·layers·width·T."""
+        multiplying = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+        return 6 * multiplying + 12 * self.config.n_layers * self.config.dim * self.config.seq_len
+
+
+def chunk_loss(x, weight, targets):
+    """Summed cross-entropy in float32 of hidden states x (N, C) with targets (N,), by the head's weight (V, C)."""
+    return F.cross_entropy(upcast(F.linear(x, weight)), targets, ignore_index=IGNORE, reduction="sum")

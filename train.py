@@ -1,0 +1,596 @@
+"""Train a Llama:  python train.py configs/demo.py --key=value …
+
+One process, or N on one node, or many nodes:
+
+    python train.py configs/demo.py
+    torchrun --nproc_per_node=8 train.py configs/xielu_1b.py
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py configs/xielu_1b.py
+
+A config is a short Python file of assignments (it is run: it can import another, and anything else). Defaults <
+config file < command line. The run goes to out/NAME: config.json, log.jsonl and ckpt.pt; --resume continues it.
+"""
+
+import difflib
+import json
+import math
+import os
+import platform
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Corpus, UserError, bits_per_byte, prefetched, read_meta, validation_batches
+from model import IGNORE, Llama, ModelConfig
+from xielu import can_compile
+
+ROOT = Path(__file__).resolve().parent
+# torchrun tells each process who it is
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+# ---------------------------------------------------------------------------------------------------------------
+# Config
+
+
+def key(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every key of a run, its default and what it means."""
+
+    # model
+    activation: str = key(ModelConfig.activation, "a name from activations.py")
+    dim: int = key(ModelConfig.dim, "width of the residual stream")
+    n_layers: int = key(ModelConfig.n_layers, "number of blocks")
+    n_heads: int = key(ModelConfig.n_heads, "attention heads")
+    n_kv_heads: int = key(ModelConfig.n_kv_heads, "key and value heads; fewer than n_heads: grouped-query attention")
+    ffn_dim: int = key(ModelConfig.ffn_dim, "width of an ungated MLP; a gated activation gets 2/3 of it")
+    vocab_size: int = key(ModelConfig.vocab_size, "rows of the embedding; at least the tokenizer's")
+    rope_theta: float = key(ModelConfig.rope_theta, "base of the rotary frequencies")
+    norm_eps: float = key(ModelConfig.norm_eps, "epsilon of RMSNorm")
+    tie_embeddings: bool = key(ModelConfig.tie_embeddings, "one matrix for embedding and output head")
+    init_std: float = key(ModelConfig.init_std, "standard deviation of the initial weights")
+    # data
+    data: str = key("data/stdlib", "folder of token shards (prepare_data.py)")
+    seq_len: int = key(ModelConfig.seq_len, "tokens in a sequence")
+    tokens_per_step: int = key(16384, "tokens in an update, whatever the number of processes")
+    micro_batch_size: int = key(16, "sequences a process computes at once; the rest is accumulated")
+    # schedule and optimizer
+    max_steps: int = key(1000, "updates in all")
+    lr: float = key(1e-3, "peak learning rate")
+    warmup_steps: int = key(100, "updates of linear warm-up")
+    decay_steps: int = key(200, "last updates, decaying by 1 - sqrt to 0")
+    weight_decay: float = key(0.1, "of AdamW, on everything but the activation scalars")
+    beta1: float = key(0.9, "of AdamW")
+    beta2: float = key(0.95, "of AdamW")
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping")
+    seed: int = key(42, "of the initial weights and the data order")
+    # machine
+    device: str = key("auto", "auto, cpu, cuda or mps; auto takes the best there is")
+    dtype: str = key("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware computes in it")
+    compile: bool = key(True, "compile the model; the first step takes longer, the others are faster")
+    # run
+    out: str = key("", "folder of the run; default out/NAME, after the config file")
+    eval_every: int = key(100, "steps between validations (also at the first and the last step)")
+    eval_tokens: int = key(1_000_000, "validation tokens to predict, at most all")
+    log_every: int = key(10, "steps between lines of the log")
+    checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)")
+    resume: bool = key(False, "continue the run in `out`, from scratch if it has no checkpoint")
+
+
+# What --resume may not change: another model, or another sequence of batches, is another run.
+FIXED = [field.name for field in fields(ModelConfig)] + ["data", "seed", "tokens_per_step"]
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def typed(name, value):
+    """A config value in the type of its key, from Python or from a string of the command line; or UserError."""
+    kind = Config.__dataclass_fields__[name].type
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float and math.isfinite(number):
+                return number
+            if kind is int and number.is_integer():
+                return int(value) if isinstance(value, (int, float)) or value.lstrip("+-").isdigit() else int(number)
+        except (ValueError, OverflowError):
+            pass
+    raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")
+
+
+def typed_keys(values, where):
+    """{key: typed value} of a dict of raw ones; an unknown key is a UserError that names the nearest."""
+    known = [field.name for field in fields(Config)]
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "train.py --help lists all keys"
+            raise UserError(f"unknown key {name!r} {where}: {hint}")
+    return {name: typed(name, value) for name, value in values.items()}
+
+
+def run_config_file(path):
+    """{key: value} that a config file assigns."""
+    if not Path(path).is_file():
+        nearby = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
+        raise UserError(f"there is no config {path}: there are {nearby}")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    try:
+        values = runpy.run_path(str(path))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise UserError(f"config {path} does not run: {type(error).__name__}: {reason[0]}") from None
+    module = type(sys)
+    values = {name: value for name, value in values.items() if name[0] != "_" and not isinstance(value, module)}
+    return typed_keys(values, f"in {path}")
+
+
+def read_config(argv):
+    """(Config of defaults and file, {key: value} of the command line) of `CONFIG.py --key=value …`."""
+    files = [argument for argument in argv if not argument.startswith("--")]
+    options = {}
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            options[name] = value if equals else True
+    options = typed_keys(options, "on the command line")
+    if len(files) != 1:
+        raise UserError(f"give one config file, as in train.py configs/demo.py, not {' '.join(files) or 'none'}")
+    config = replace(Config(out=f"out/{Path(files[0]).stem}"), **run_config_file(files[0]))
+    return config, options
+
+
+def resumed_config(saved, from_file, options):
+    """The config to resume with: the saved one, changed by what the config file says now and did not say then, and
+    by the command line. UserError if that changes a FIXED key."""
+    now = asdict(from_file)
+    changes = {name: value for name, value in now.items() if value != saved["from_file"].get(name, value)} | options
+    for name in FIXED:
+        if name in changes and changes[name] != saved["config"][name]:
+            raise UserError(
+                f"--resume cannot change {name} from {saved['config'][name]!r} to {changes[name]!r}: "
+                f"leave it, or start a new run with another --out"
+            )
+    return Config(**(now | saved["config"] | changes))
+
+
+def check(config, world):
+    """The ModelConfig of a config; UserError if its values cannot make a run on `world` processes."""
+    for name in ("tokens_per_step", "micro_batch_size", "max_steps", "eval_every", "eval_tokens", "log_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("checkpoint_every", "lr", "init_std", "rope_theta"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name} must be above 0, not {getattr(config, name)}")
+    for name in ("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "seed", "norm_eps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} must not be negative, but is {getattr(config, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
+    for name, choices in {"device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16")}.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    if config.warmup_steps + config.decay_steps > config.max_steps:
+        raise UserError(
+            f"warmup_steps={config.warmup_steps} and decay_steps={config.decay_steps} do not fit into "
+            f"max_steps={config.max_steps}: lower them, or raise max_steps"
+        )
+    try:
+        model = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    sequences = config.tokens_per_step / config.seq_len
+    if sequences % (config.micro_batch_size * world):
+        unit = config.seq_len * world
+        if config.tokens_per_step % unit == 0:
+            share = config.tokens_per_step // unit
+            fits = [size for size in range(1, share + 1) if share % size == 0]
+            hint = f"micro_batch_size may be {', '.join(map(str, fits))}"
+        else:
+            unit *= config.micro_batch_size
+            below = config.tokens_per_step // unit * unit
+            hint = f"the nearest tokens_per_step is {f'{below} or ' if below else ''}{below + unit}"
+        raise UserError(
+            f"tokens_per_step={config.tokens_per_step} does not divide into micro_batch_size="
+            f"{config.micro_batch_size} sequences of {config.seq_len} on {world} process(es): {hint}"
+        )
+    return model
+
+
+def print_help():
+    print(__doc__.strip())
+    print("\nKeys, with their defaults:\n")
+    for item in fields(Config):
+        print(f"  --{item.name}={item.default}".ljust(34) + item.metadata["help"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Machine
+
+
+def pick_device(name):
+    """The torch.device called `name`, for this process; auto: CUDA, else Apple's GPU, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(name for name in available if available[name])
+    if not available[name]:
+        raise UserError(f"device={name} is not available here: use --device=cpu, or leave it auto")
+    if name == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"process {LOCAL_RANK} has no GPU: this node has {torch.cuda.device_count()}, start as many")
+    return torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    """torch.float32 or torch.bfloat16; auto: bfloat16 where the hardware computes in it at full speed. A CPU
+    without AMX does not: with AVX512-BF16 alone, a bf16 matmul takes twice as long as a float32 one."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        name = "bfloat16" if native else "float32"
+    return getattr(torch, name)
+
+
+# Dense bf16 peak in FLOP/s by what the device's name contains (the makers' data sheets); the first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() if device.type == "cpu" else device.type
+
+
+def peak_flops(device, dtype):
+    """The device's peak in FLOP/s, or None where it is not in the table."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(device)), None)
+
+
+def git_commit():
+    """The commit of this code, "-dirty" behind it if files differ from it; None outside a git checkout."""
+
+    def git(*arguments):
+        return subprocess.run(("git", *arguments), cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of a run
+
+
+def write_atomically(path, write):
+    """write(file) under a temporary name, then rename: the file at `path` is always a whole one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint saved, or None if there is nothing."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, or start a new run") from None
+
+
+def save_checkpoint(path, model, optimizer, config, from_file, step, seconds):
+    """All that must survive a restart. The data order is a function of the step and nothing else is random."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+        "config": asdict(config),
+        "from_file": asdict(from_file),
+    }
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def read_log(path, step):
+    """The lines of a log up to `step`; a torn last one is left out."""
+    records = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if record["step"] <= step]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def learning_rate(config, update):
+    """Of update 0 … max_steps − 1: linear warm-up, constant, then 1 − sqrt down towards 0. None is wasted at 0."""
+    warmup = min(1.0, (update + 1) / max(1, config.warmup_steps))
+    decayed = max(0, update - (config.max_steps - config.decay_steps))
+    return config.lr * warmup * (1 - math.sqrt(decayed / max(1, config.decay_steps)))
+
+
+def make_optimizer(model, config):
+    """AdamW in one fused kernel; weight decay on everything but the activation scalars, as in the paper."""
+    scalars = model.activation_scalars()
+    others = [weight for weight in model.parameters() if not any(weight is scalar for scalar in scalars)]
+    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+
+
+def train_step(model, optimizer, batch, lr, config):
+    """One update on this process's rows (rows, seq_len + 1) of the batch; returns (their mean loss, the norm of the
+    whole batch's gradient), as floats. Gradients are exchanged once, in the backward of the last micro-batch."""
+    micro_batches = batch.split(config.micro_batch_size)
+    mean_loss = torch.zeros((), device=batch.device)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        if WORLD > 1:  # DDP looks at this in its forward
+            model.require_backward_grad_sync = number == len(micro_batches)
+        loss = model(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
+        loss.backward()
+        mean_loss += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean_loss.item(), norm.item()
+
+
+@torch.no_grad()
+def evaluate(model, corpus, config, device):
+    """Mean loss in nats a token over the first eval_tokens validation tokens, each process taking its share."""
+    total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
+    batches = validation_batches(corpus, config.eval_tokens, config.micro_batch_size, IGNORE, RANK, WORLD)
+    for inputs, targets in batches:
+        loss = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), reduction="sum")
+        total += torch.tensor([loss.item(), (targets != IGNORE).sum()], dtype=torch.float64)
+    if WORLD > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    loss, tokens = total.tolist()
+    return loss / tokens
+
+
+def mean_over_processes(value, device):
+    """The mean of a float over all processes."""
+    if WORLD == 1:
+        return value
+    total = torch.tensor(value, device=device)
+    dist.all_reduce(total)
+    return total.item() / WORLD
+
+
+def say(text):
+    """Print a line, from the first process alone."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def format_seconds(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def open_data(config):
+    """(training Corpus, validation Corpus, meta or None), checked against the config."""
+    meta = read_meta(config.data)
+    if meta and meta["vocab_size"] > config.vocab_size:
+        raise UserError(
+            f"{config.data} was tokenised with {meta['tokenizer']} ({meta['vocab_size']} ids), more than "
+            f"vocab_size={config.vocab_size}: raise vocab_size, or prepare the data with a smaller tokenizer"
+        )
+    corpus = Corpus(config.data, "train", config.seq_len, config.vocab_size)
+    validation = Corpus(config.data, "val", config.seq_len, config.vocab_size)
+    if corpus.n_sequences < 1:
+        raise UserError(f"{config.data} is too short for one sequence of {config.seq_len} tokens: lower seq_len")
+    if max(shard.tokens for shard in validation.shards) < 2:
+        raise UserError(f"{config.data} has no validation tokens to predict: prepare it with more --val_tokens")
+    if meta is None:
+        say(f"note: {config.data} has no meta.json, so bits per byte are not known")
+    return corpus, validation, meta
+
+
+def train(from_file, options):
+    """Run, or go on with, the training that a config file and a command line describe."""
+    config = replace(from_file, **options)
+    out = Path(config.out)
+    checkpoint = load_checkpoint(out / "ckpt.pt") if config.resume else None
+    if checkpoint:
+        config = resumed_config(checkpoint, from_file, options)
+    model_config = check(config, WORLD)
+    if RANK == 0 and not config.resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
+        raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    with torch.device("meta"):
+        sizes = Llama(model_config)
+    say(
+        f"{config.activation}: {sizes.num_parameters():,} parameters, {sizes.flops_per_token():,} FLOPs a token, "
+        f"{config.tokens_per_step:,} tokens a step, {WORLD} process(es) on {device_name(device)} in {str(dtype)[6:]}"
+    )
+    if device.type == "cpu" and sizes.num_parameters() > 2e8:
+        say("note: no GPU is used, and a model of this size wants several")
+    corpus, validation, meta = open_data(config)
+
+    # Where the run stands
+    start = checkpoint["step"] if checkpoint else 0
+    seconds = checkpoint["seconds"] if checkpoint else 0.0
+    records = read_log(out / "log.jsonl", start) if checkpoint else []
+    validated = {record["step"] for record in records if record["kind"] == "val"}
+    if start > config.max_steps:
+        raise UserError(f"the run in {out} is at step {start}, beyond max_steps={config.max_steps}: raise it")
+    if start == config.max_steps and start in validated:
+        say(f"{out} is finished: step {start} of {config.max_steps}")
+        return
+
+    # The model
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)  # compiled code is not, by itself
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    model = Llama(model_config, dtype, config.seed).to(device)
+    optimizer = make_optimizer(model, config)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        groups = optimizer.state_dict()["param_groups"]  # of this config, which may have changed
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        checkpoint = None
+        say(f"resuming {out} at step {start}")
+    if config.compile and can_compile(device.type):
+        model.compile_parts()
+        say("compiling: the first step takes longer")
+    # Training goes through `trained`; evaluation and checkpoints use the raw model
+    trained = model
+    if WORLD > 1:
+        trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # The run's folder, written by the first process alone
+    log = None
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        about = {
+            "config": asdict(config),
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+            "device": device_name(device),
+            "commit": git_commit(),
+        }
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(out / "config.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+        write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
+        log = open(out / "log.jsonl", "a", buffering=1, encoding="utf-8")
+
+    def write_log(**record):
+        if log:
+            log.write(json.dumps(record) + "\n")
+
+    sequences = config.tokens_per_step // config.seq_len
+    rows = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
+
+    def load_batch(step):
+        batch = torch.from_numpy(corpus.batch(config.seed, step, sequences, rows))
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    batches = prefetched(load_batch, range(start, config.max_steps))
+    peak = peak_flops(device, dtype)
+    recent = []  # seconds of the steps since the last line of the log
+
+    # `step` counts the updates done. Each round saves, evaluates, then updates; the round after the last update
+    # only saves and evaluates.
+    for step in range(start, config.max_steps + 1):
+        last = step == config.max_steps
+        if RANK == 0 and step > start and (last or step % config.checkpoint_every == 0):
+            save_checkpoint(out / "ckpt.pt", model, optimizer, config, from_file, step, seconds)
+        if step not in validated and (step == 0 or last or step % config.eval_every == 0):
+            loss = evaluate(model, validation, config, device)
+            record = {
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 700)),  # e^709 is the largest float
+                "bits_per_byte": bits_per_byte(loss, meta),
+            }
+            bpb = "" if meta is None else f"  bits/byte {record['bits_per_byte']:.4f}"
+            say(f"step {step}/{config.max_steps}  val loss {loss:.4f}  perplexity {record['perplexity']:.3f}{bpb}")
+            tokens = step * config.tokens_per_step
+            write_log(kind="val", step=step, tokens=tokens, seconds=seconds, **record, **model.effective_alphas())
+        if last:
+            break
+
+        batch = next(batches).to(device, non_blocking=True)
+        lr = learning_rate(config, step)
+        began = time.perf_counter()
+        loss, grad_norm = train_step(trained, optimizer, batch, lr, config)
+        elapsed = time.perf_counter() - began
+        seconds += elapsed
+        if step > start:  # the first step compiles
+            recent.append(elapsed)
+
+        done = step + 1
+        if done == 1 or done == config.max_steps or done % config.log_every == 0:
+            loss = mean_over_processes(loss, device)
+            step_seconds = sum(recent) / len(recent) if recent else elapsed
+            tokens_per_s = config.tokens_per_step / step_seconds
+            mfu = sizes.flops_per_token() * tokens_per_s / (peak * WORLD) if peak else None
+            write_log(
+                kind="train",
+                step=done,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=done * config.tokens_per_step,
+                tokens_per_s=tokens_per_s,
+                mfu=mfu,
+                seconds=seconds,
+            )
+            say(
+                f"step {done}/{config.max_steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}  "
+                f"{tokens_per_s:,.0f} tokens/s{f'  mfu {mfu:.1%}' if peak else ''}  "
+                f"eta {format_seconds(step_seconds * (config.max_steps - done))}"
+            )
+            recent.clear()
+    say(f"finished in {format_seconds(seconds)} of training: {out}")
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print_help()
+        return 0
+    try:
+        train(*read_config(argv))
+    except UserError as error:
+        if RANK:  # let the first process speak; torchrun then ends this one
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

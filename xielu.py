@@ -1,0 +1,234 @@
+"""The paper in one file: choose a gradient, integrate it, train its slopes.
+
+"Deriving Activation Functions Using Integration" (Huang & Schlag, arXiv 2411.13010) turns the usual order
+round. A good activation has a good *gradient*, so write the gradient first:
+
+    ReLU² has a gradient that rises linearly for x > 0: large inputs keep learning.      2·αp·x + β
+    xSiLU has a gradient that dips below zero for x < 0: units can be pushed both ways.  αn·(eˣ − 1) + β
+
+and take its integral as the activation. With both sides through the origin this is xIELU:
+
+                    x > 0                 x ≤ 0
+    gradient f'     2·αp·x + β            αn·(eˣ − 1) + β
+    activation f    αp·x² + β·x           αn·(eˣ − 1 − x) + β·x
+
+The gradient is continuous (β at 0 from both sides) and the two slopes are trained, one pair a layer, through
+a softplus that keeps them positive and αn above β, so that the gradient does go below zero:
+
+    αp = softplus(alpha_p)          αn = β + softplus(alpha_n)          β = 0.5, fixed
+
+    ∂f/∂alpha_p = x²·σ(alpha_p)     for x > 0, else 0
+    ∂f/∂alpha_n = (eˣ − 1 − x)·σ(alpha_n)     for x ≤ 0, else 0
+
+Everything below is this table in PyTorch: a reference that reads like it, and a fused version that makes one
+pass over memory each way. Two siblings, xIPReLU and xIEP, come from other gradients by the same integration.
+"""
+
+import functools
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arithmetic
+
+
+def upcast(x):
+    """x in the dtype we compute in: float32, or float64 if x is. bf16 inside would cost 1.5 % of mean error."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Below |x| = CUT the difference eˣ − 1 − x cancels, and the Taylor series takes over.
+CUT = 0.5
+
+
+def exp_remainder(x):
+    """eˣ − 1 − x for −CUT ≤ x ≤ 0, to full relative precision: x²·(1/2! + x/3! + x²/4! + …)."""
+    degree = 15 if x.dtype == torch.float64 else 8  # the first term left out is below half an ulp
+    series = 1 / math.factorial(degree)
+    for k in range(degree - 1, 1, -1):
+        series = series * x + 1 / math.factorial(k)
+    return series * x * x
+
+
+def effective_alphas(alpha_p, alpha_n, beta):
+    """The αp and αn of the formulas, from the raw trained scalars."""
+    return F.softplus(alpha_p), beta + F.softplus(alpha_n)
+
+
+def raw_alpha(effective, bound=0.0):
+    """The raw scalar whose bound + softplus(raw) is `effective`: ln(e^(effective − bound) − 1)."""
+    if effective <= bound:
+        raise ValueError(f"an effective alpha of {effective} is out of reach: it must be above {bound}")
+    return math.log(math.expm1(effective - bound))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reference: the formulas, differentiated by autograd
+
+
+def xielu_reference(x, alpha_p, alpha_n, beta=0.5):
+    """xIELU of x, any shape, by the formulas above (arXiv 2411.13010).
+
+    alpha_p, alpha_n: raw (pre-softplus) scalars, shape (1,) or (). Computes in at least float32 and returns
+    x's dtype. Each side sees x clamped to its own half, since a branch that overflows would turn the other's
+    gradient into 0·inf = NaN.
+    """
+    z = upcast(x)
+    alpha_p, alpha_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
+    positive = z.clamp(min=0)
+    near = z.clamp(-CUT, 0)
+    far = z.clamp(max=-CUT)
+    y = torch.where(
+        z > 0,
+        alpha_p * positive * positive + beta * positive,
+        torch.where(
+            z > -CUT,
+            alpha_n * exp_remainder(near) + beta * near,
+            # the same sum, grouped so that a large |x| does not overflow before αn and β meet
+            alpha_n * torch.expm1(far) - (alpha_n - beta) * far,
+        ),
+    )
+    return y.to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fused: the same in one compiled pass forward and one backward, keeping only x and the two scalars
+
+
+def _forward(x, alpha_p, alpha_n, beta):
+    z = upcast(x)
+    alpha_p, alpha_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
+    positive = alpha_p * z * z + beta * z
+    near = alpha_n * exp_remainder(z) + beta * z
+    far = alpha_n * (torch.exp(z) - 1) - (alpha_n - beta) * z
+    return torch.where(z > 0, positive, torch.where(z > -CUT, near, far)).to(x.dtype)
+
+
+def _backward(grad, x, alpha_p, alpha_n, beta):
+    z, g = upcast(x), upcast(grad)
+    slope_p, slope_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
+    expm1 = torch.exp(z) - 1  # the absolute error of an ulp of 1 vanishes beside β
+    grad_x = g * torch.where(z > 0, 2 * slope_p * z + beta, slope_n * expm1 + beta)
+    remainder = torch.where(z > -CUT, exp_remainder(z), expm1 - z)
+    grad_p = torch.where(z > 0, g * z * z, 0).sum() * torch.sigmoid(alpha_p)
+    grad_n = torch.where(z > 0, 0, g * remainder).sum() * torch.sigmoid(alpha_n)
+    return grad_x.to(x.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
+
+
+_compiled_forward = torch.compile(_forward)
+_compiled_backward = torch.compile(_backward)
+
+
+class _FusedXIELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, alpha_p, alpha_n, beta):
+        ctx.save_for_backward(x, alpha_p, alpha_n)
+        ctx.beta = beta
+        return _compiled_forward(x, alpha_p, alpha_n, beta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *_compiled_backward(grad, *ctx.saved_tensors, ctx.beta), None
+
+
+@functools.cache
+def can_compile(device_type):
+    """Whether torch.compile works on this kind of device here, found out by trying; warns once if it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device_type))
+        return True
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"torch.compile does not work on {device_type} here, running uncompiled ({reason})", stacklevel=2)
+        return False
+
+
+def xielu_fused(x, alpha_p, alpha_n, beta=0.5):
+    """The same function as `xielu_reference`, in one compiled pass each way; differentiable once.
+
+    Reads x and writes y forward, reads x and ∂L/∂y and writes ∂L/∂x backward (both alpha gradients are summed on
+    the way), so it runs at the speed of memory. Where nothing can be compiled it is the reference.
+    """
+    compiling = torch.compiler.is_compiling()  # inside a compiled model this traces into the model's own graph
+    if not compiling and (x.is_meta or not can_compile(x.device.type)):
+        return xielu_reference(x, alpha_p, alpha_n, beta)
+    return _FusedXIELU.apply(x, alpha_p, alpha_n, beta)
+
+
+class XIELU(nn.Module):
+    """xIELU with its two trained scalars, kept in float32 (a bf16 alpha_n moves in steps of 0.008).
+
+    alpha_p_init, alpha_n_init: *effective* starting values; alpha_n_init must exceed beta.
+    """
+
+    def __init__(self, alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5):
+        super().__init__()
+        self.beta = beta
+        self.alpha_p = nn.Parameter(torch.full((1,), raw_alpha(alpha_p_init), dtype=torch.float32))
+        self.alpha_n = nn.Parameter(torch.full((1,), raw_alpha(alpha_n_init, bound=beta), dtype=torch.float32))
+
+    def forward(self, x):
+        return xielu_fused(x, self.alpha_p, self.alpha_n, self.beta)
+
+    def effective(self):
+        """{"alpha_p": αp, "alpha_n": αn} as Python floats, for the log."""
+        alpha_p, alpha_n = effective_alphas(self.alpha_p.detach(), self.alpha_n.detach(), self.beta)
+        return {"alpha_p": alpha_p.item(), "alpha_n": alpha_n.item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Siblings: other gradients, the same integration (from the authors' code; no fused version, a compiled model
+# fuses them by itself)
+
+
+def xiprelu(x, alpha_p, alpha_n, beta=0.5):
+    """The integral of PReLU: αp·x² + βx for x > 0, αn·x² + βx for x ≤ 0, both α = softplus(raw). Any shape."""
+    z = upcast(x)
+    slope = torch.where(z > 0, F.softplus(alpha_p.to(z.dtype)), F.softplus(alpha_n.to(z.dtype)))
+    return (slope * z * z + beta * z).to(x.dtype)
+
+
+def xiep(x, alpha_p, alpha_p3, alpha_n, beta=0.5):
+    """The integral of PolyReLU and ELU: xIELU plus αp3·x³ for x > 0, αp3 = softplus(alpha_p3). Any shape."""
+    z = upcast(x)
+    positive = z.clamp(min=0)
+    cubic = F.softplus(alpha_p3.to(z.dtype)) * positive * positive * positive
+    return (xielu_fused(z, alpha_p, alpha_n, beta) + cubic).to(x.dtype)
+
+
+class XIPReLU(nn.Module):
+    """xIPReLU with its two trained scalars; the arguments are effective starting values."""
+
+    def __init__(self, alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5):
+        super().__init__()
+        self.beta = beta
+        self.alpha_p = nn.Parameter(torch.full((1,), raw_alpha(alpha_p_init), dtype=torch.float32))
+        self.alpha_n = nn.Parameter(torch.full((1,), raw_alpha(alpha_n_init), dtype=torch.float32))
+
+    def forward(self, x):
+        return xiprelu(x, self.alpha_p, self.alpha_n, self.beta)
+
+    def effective(self):
+        """{"alpha_p": αp, "alpha_n": αn} as Python floats, for the log."""
+        return {"alpha_p": F.softplus(self.alpha_p).item(), "alpha_n": F.softplus(self.alpha_n).item()}
+
+
+class XIEP(XIELU):
+    """xIEP: xIELU with a third trained scalar for the cubic term."""
+
+    def __init__(self, alpha_p_init=0.8, alpha_p3_init=0.4, alpha_n_init=0.8, beta=0.5):
+        super().__init__(alpha_p_init, alpha_n_init, beta)
+        self.alpha_p3 = nn.Parameter(torch.full((1,), raw_alpha(alpha_p3_init), dtype=torch.float32))
+
+    def forward(self, x):
+        return xiep(x, self.alpha_p, self.alpha_p3, self.alpha_n, self.beta)
+
+    def effective(self):
+        """As XIELU's, with alpha_p3."""
+        return super().effective() | {"alpha_p3": F.softplus(self.alpha_p3).item()}
