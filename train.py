@@ -268,7 +268,7 @@ PEAK_FLOPS = {
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine() if device.type == "cpu" else device.type
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def peak_flops(device, dtype):

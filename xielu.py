@@ -56,8 +56,8 @@ def exp_remainder(x):
 
 
 def effective_alphas(alpha_p, alpha_n, beta):
-    """The αp and αn of the formulas, from the raw trained scalars."""
-    return F.softplus(alpha_p), beta + F.softplus(alpha_n)
+    """The αp and αn of the formulas, each of shape (), from the raw trained scalars."""
+    return F.softplus(alpha_p).reshape(()), beta + F.softplus(alpha_n).reshape(())
 
 
 def raw_alpha(effective, bound=0.0):
@@ -190,7 +190,8 @@ class XIELU(nn.Module):
 def xiprelu(x, alpha_p, alpha_n, beta=0.5):
     """The integral of PReLU: αp·x² + βx for x > 0, αn·x² + βx for x ≤ 0, both α = softplus(raw). Any shape."""
     z = upcast(x)
-    slope = torch.where(z > 0, F.softplus(alpha_p.to(z.dtype)), F.softplus(alpha_n.to(z.dtype)))
+    slope_p, slope_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta=0)
+    slope = torch.where(z > 0, slope_p, slope_n)
     return (slope * z * z + beta * z).to(x.dtype)
 
 
@@ -198,7 +199,7 @@ def xiep(x, alpha_p, alpha_p3, alpha_n, beta=0.5):
     """The integral of PolyReLU and ELU: xIELU plus αp3·x³ for x > 0, αp3 = softplus(alpha_p3). Any shape."""
     z = upcast(x)
     positive = z.clamp(min=0)
-    cubic = F.softplus(alpha_p3.to(z.dtype)) * positive * positive * positive
+    cubic = F.softplus(alpha_p3.to(z.dtype)).reshape(()) * positive * positive * positive
     return (xielu_fused(z, alpha_p, alpha_n, beta) + cubic).to(x.dtype)
 
 
