@@ -8,6 +8,8 @@ Nothing here keeps a position. Training sequences are numbered; each epoch visit
 own, computed one by one from (seed, epoch); a resumed run asks for step 1000 and gets what it would have got.
 """
 
+import base64
+import importlib.resources
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -225,18 +227,20 @@ def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
 
 
 def get_tokenizer(name):
-    """The tiktoken.Encoding called `name`: "bytes" (256 bytes and an end-of-text, needs no download), "gpt2", or
-    any of tiktoken's own; UserError if there is none of that name or it cannot be loaded."""
+    """The tiktoken.Encoding called `name`: "bytes" (256 bytes and an end-of-text, needs no download), "gpt2",
+    "tekken" (the paper's, Mistral-Nemo's), or any of tiktoken's own. Its eot_token delimits documents. UserError if
+    there is none of that name or it cannot be loaded."""
     import tiktoken
 
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
-        )
+        special = {"<|endoftext|>": 256}
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+    if name == "tekken":
+        return tekken()
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise UserError(f"unknown tokenizer {name!r}: known are bytes, {', '.join(known)}")
+        raise UserError(f"unknown tokenizer {name!r}: known are bytes, tekken, {', '.join(known)}")
     try:
         # r50k_base has the ids of GPT-2 and comes as one file
         return tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
@@ -245,3 +249,22 @@ def get_tokenizer(name):
             f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): connect once, set "
             f"TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
         ) from None
+
+
+def tekken():
+    """Mistral-Nemo's tokenizer, from the data file in the package mistral-common: 131072 ids, the first 1000 special
+    (2 is the end of text), then the first 130072 of the file's 150000 ranks."""
+    import tiktoken
+
+    try:
+        files = importlib.resources.files("mistral_common")
+    except ModuleNotFoundError:
+        raise UserError("tokenizer 'tekken' is in an optional package: pip install mistral-common") from None
+    table = json.loads((files / "data" / "tekken_240718.json").read_text("utf-8"))
+    n_special = table["config"]["default_num_special_tokens"]
+    n_ranks = table["config"]["default_vocab_size"] - n_special
+    ranks = {base64.b64decode(row["token_bytes"]): n_special + row["rank"] for row in table["vocab"][:n_ranks]}
+    special = {"<|endoftext|>": 2}
+    return tiktoken.Encoding(
+        "tekken", pat_str=table["config"]["pattern"], mergeable_ranks=ranks, special_tokens=special
+    )

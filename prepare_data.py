@@ -45,17 +45,19 @@ class Piece:
 # ---------------------------------------------------------------------------------------------------------------
 # Sources: each yields Pieces in a fixed order
 
-# A text may be cut here without changing its tokens: no tokenizer's pattern runs from a line end that follows a
-# character which is no space, into a next line that begins with one (some let punctuation take "\n/").
-CUT = re.compile(r"\S\n(?=[^\s/])")
+# A text may be cut here without changing its tokens, since no tokenizer's pattern runs on from a letter into a
+# space and another letter, or from a line end after a character that is no space into a next line that begins
+# with one (some let punctuation take "\n/").
+CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|\S\n(?=[^\s/])")
 
 
 def cut(read):
     """Texts of about PIECE characters whose tokens, joined, are those of the whole; read(n) gives the next n."""
     text = ""
     while more := read(PIECE):
+        searched = max(PIECE, len(text) - 2)
         text += more
-        if found := CUT.search(text, PIECE):
+        if found := CUT.search(text, searched):
             yield text[: found.end()]
             text = text[found.end() :]
     if text:

@@ -1,23 +1,26 @@
-"""A small byte-level model of Python source, for a laptop's CPU:  python prepare_data.py stdlib"""
+"""A small model of Python source, byte by byte, on a laptop's CPU. Its data:
+
+python prepare_data.py stdlib
+"""
 
 data = "data/stdlib"
 vocab_size = 257
 
-dim = 192
+dim = 128
 n_layers = 4
-n_heads = 6
-n_kv_heads = 6
-ffn_dim = 768
+n_heads = 2
+n_kv_heads = 2
+ffn_dim = 576  # a multiple of 3, so that a gated activation fits too
 seq_len = 256
 
-tokens_per_step = 8192
-micro_batch_size = 32
-max_steps = 500
+tokens_per_step = 2048
+micro_batch_size = 8
+max_steps = 1500
 lr = 3e-3
-warmup_steps = 50
-decay_steps = 150
+warmup_steps = 100
+decay_steps = 500
 
-eval_every = 100
+eval_every = 500
 eval_tokens = 200_000
-log_every = 10
-checkpoint_every = 100
+log_every = 50
+checkpoint_every = 250

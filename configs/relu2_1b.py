@@ -1,0 +1,3 @@
+from configs.xielu_1b import *  # noqa: F403
+
+activation = "relu2"

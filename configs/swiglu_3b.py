@@ -1,0 +1,3 @@
+from configs.xielu_3b import *  # noqa: F403
+
+activation = "swiglu"
