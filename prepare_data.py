@@ -392,9 +392,9 @@ def prepare(args):
     """Write the shards and meta.json that the command line asks for."""
     from tqdm import tqdm
 
-    encoding = get_tokenizer(args.tokenizer)
     skipped = {}
     pieces, size, source = open_source(args.source, args.subset, skipped)
+    encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source
     if not claim(args.out, settings):
@@ -402,11 +402,10 @@ def prepare(args):
         return
 
     def tokens():
-        bar = tqdm(total=args.tokens or size, unit="tok" if args.tokens else "B", unit_scale=True)
-        for array, taken in in_order(lambda batch: encode(encoding, batch), batches(pieces), args.workers):
-            bar.update(len(array) if args.tokens else taken)
-            yield array
-        bar.close()
+        with tqdm(total=args.tokens or size, unit="tok" if args.tokens else "B", unit_scale=True) as bar:
+            for array, taken in in_order(lambda batch: encode(encoding, batch), batches(pieces), args.workers):
+                bar.update(len(array) if args.tokens else taken)
+                yield array
 
     stream = Stream(tokens())
     if args.tokens:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -230,8 +231,19 @@ def test_gpt2_tokenizer():
     assert encoding.encode_ordinary("Hello world") == [15496, 995] and encoding.eot_token == 50256
 
 
+def test_tekken_tokenizer():
+    pytest.importorskip("mistral_common")
+    encoding = get_tokenizer("tekken")
+    assert encoding.n_vocab == 131072 and encoding.eot_token == 2
+    ids = encoding.encode("naïve <|endoftext|></s>", disallowed_special=())
+    assert min(ids) >= 1000 and encoding.decode(ids) == "naïve <|endoftext|></s>"
+
+
 def test_tokenizers_that_cannot_be_had(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="unknown tokenizer 'gpt5': known are bytes, gpt2"):
+    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    with pytest.raises(UserError, match="pip install mistral-common"):
+        get_tokenizer("tekken")
+    with pytest.raises(UserError, match="unknown tokenizer 'gpt5': known are bytes, tekken, gpt2"):
         get_tokenizer("gpt5")
     monkeypatch.setitem(os.environ, "TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(os.environ, "HTTPS_PROXY", "http://127.0.0.1:9")

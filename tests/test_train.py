@@ -377,7 +377,7 @@ def test_resume_of_a_finished_run_and_of_none(config, tmp_path, capsys):
 
 def test_resume_may_change_schedule_logging_and_micro_batches(config, tmp_path):
     out = tmp_path / "out" / "tiny"
-    run(config, "--lr=0.002")
+    run(config, "--activation=relu2", "--lr=0.002")
     run(config, "--resume", "--max_steps=16", "--log_every=2", "--micro_batch_size=8", "--eval_every=8")
     steps = [(record["kind"], record["step"]) for record in log(out)]
     assert len(set(steps)) == len(steps)
@@ -407,7 +407,7 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path):
 
 def test_micro_batches_do_not_change_the_losses(config, tmp_path):
     for size in (1, 8):
-        run(config, f"--out={tmp_path}/{size}", f"--micro_batch_size={size}")
+        run(config, f"--out={tmp_path}/{size}", f"--micro_batch_size={size}", "--activation=relu2")
     for small, large in zip(log(tmp_path / "1"), log(tmp_path / "8")):
         assert small["loss"] == pytest.approx(large["loss"], rel=1e-5)
 
