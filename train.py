@@ -41,8 +41,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # Config
 
 
-def key(default, help):
-    return field(default=default, metadata={"help": help})
+def key(default, help, within=(-math.inf, math.inf), choices=None):
+    """A config key; its number must lie in low ≤ number < high, or its text among the choices."""
+    return field(default=default, metadata={"help": help, "within": within, "choices": choices})
+
+
+COUNT = (1, math.inf)
+POSITIVE = (0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -51,72 +56,72 @@ class Config:
 
     # model
     activation: str = key(ModelConfig.activation, "a name from activations.py")
-    dim: int = key(ModelConfig.dim, "width of the residual stream")
-    n_layers: int = key(ModelConfig.n_layers, "number of blocks")
-    n_heads: int = key(ModelConfig.n_heads, "attention heads")
-    n_kv_heads: int = key(ModelConfig.n_kv_heads, "key and value heads; fewer than n_heads: grouped-query attention")
-    ffn_dim: int = key(ModelConfig.ffn_dim, "width of an ungated MLP; a gated activation gets 2/3 of it")
-    vocab_size: int = key(ModelConfig.vocab_size, "rows of the embedding; at least the tokenizer's")
-    rope_theta: float = key(ModelConfig.rope_theta, "base of the rotary frequencies")
-    norm_eps: float = key(ModelConfig.norm_eps, "epsilon of RMSNorm")
+    dim: int = key(ModelConfig.dim, "width of the residual stream", COUNT)
+    n_layers: int = key(ModelConfig.n_layers, "number of blocks", COUNT)
+    n_heads: int = key(ModelConfig.n_heads, "attention heads", COUNT)
+    n_kv_heads: int = key(ModelConfig.n_kv_heads, "key and value heads; fewer than n_heads for grouped queries", COUNT)
+    ffn_dim: int = key(ModelConfig.ffn_dim, "width of an ungated MLP; a gated activation gets 2/3 of it", COUNT)
+    vocab_size: int = key(ModelConfig.vocab_size, "rows of the embedding; at least the tokenizer's", COUNT)
+    rope_theta: float = key(ModelConfig.rope_theta, "base of the rotary frequencies", COUNT)
+    norm_eps: float = key(ModelConfig.norm_eps, "epsilon of RMSNorm", POSITIVE)
     tie_embeddings: bool = key(ModelConfig.tie_embeddings, "one matrix for embedding and output head")
-    init_std: float = key(ModelConfig.init_std, "standard deviation of the initial weights")
+    init_std: float = key(ModelConfig.init_std, "standard deviation of the initial weights", POSITIVE)
     # data
     data: str = key("data/stdlib", "folder of token shards (prepare_data.py)")
-    seq_len: int = key(ModelConfig.seq_len, "tokens in a sequence")
-    tokens_per_step: int = key(16384, "tokens in an update, whatever the number of processes")
-    micro_batch_size: int = key(16, "sequences a process computes at once; the rest is accumulated")
+    seq_len: int = key(ModelConfig.seq_len, "tokens in a sequence", COUNT)
+    tokens_per_step: int = key(16384, "tokens in an update, whatever the number of processes", COUNT)
+    micro_batch_size: int = key(16, "sequences a process computes at once; the rest is accumulated", COUNT)
     # schedule and optimizer
-    max_steps: int = key(1000, "updates in all")
-    lr: float = key(1e-3, "peak learning rate")
-    warmup_steps: int = key(100, "updates of linear warm-up")
-    decay_steps: int = key(200, "last updates, decaying by 1 - sqrt to 0")
-    weight_decay: float = key(0.1, "of AdamW, on everything but the activation scalars")
-    beta1: float = key(0.9, "of AdamW")
-    beta2: float = key(0.95, "of AdamW")
-    grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping")
-    seed: int = key(42, "of the initial weights and the data order")
+    max_steps: int = key(1000, "updates in all", COUNT)
+    lr: float = key(1e-3, "peak learning rate", POSITIVE)
+    warmup_steps: int = key(100, "updates of linear warm-up", POSITIVE)
+    decay_steps: int = key(200, "last updates, decaying by 1 - sqrt to 0", POSITIVE)
+    weight_decay: float = key(0.1, "of AdamW, on everything but the activation scalars", POSITIVE)
+    beta1: float = key(0.9, "of AdamW", (0, 1))
+    beta2: float = key(0.95, "of AdamW", (0, 1))
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 for no clipping", POSITIVE)
+    seed: int = key(42, "of the initial weights and the data order", (0, 2**53))
     # machine
-    device: str = key("auto", "auto, cpu, cuda or mps; auto takes the best there is")
-    dtype: str = key("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware computes in it")
+    device: str = key("auto", "auto takes the best there is", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = key(
+        "auto", "auto takes bfloat16 where the hardware computes in it", choices=("auto", "float32", "bfloat16")
+    )
     compile: bool = key(True, "compile the model; the first step takes longer, the others are faster")
     # run
     out: str = key("", "folder of the run; default out/NAME, after the config file")
-    eval_every: int = key(100, "steps between validations (also at the first and the last step)")
-    eval_tokens: int = key(1_000_000, "validation tokens to predict, at most all")
-    log_every: int = key(10, "steps between lines of the log")
-    checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)")
+    eval_every: int = key(100, "steps between validations (also at the first and the last step)", COUNT)
+    eval_tokens: int = key(1_000_000, "validation tokens to predict, at most all", COUNT)
+    log_every: int = key(10, "steps between lines of the log", COUNT)
+    checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)", COUNT)
     resume: bool = key(False, "continue the run in `out`, from scratch if it has no checkpoint")
 
 
 # What --resume may not change: another model, or another sequence of batches, is another run.
-FIXED = [field.name for field in fields(ModelConfig)] + ["data", "seed", "tokens_per_step"]
+FIXED = [item.name for item in fields(ModelConfig)] + ["data", "seed", "tokens_per_step"]
 
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 def typed(name, value):
-    """A config value in the type of its key, from Python or from a string of the command line; or UserError."""
+    """A config value in the type of its key, from Python or from the text of the command line; or UserError."""
     kind = Config.__dataclass_fields__[name].type
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+    try:
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind in (int, float) and not isinstance(value, bool):
             number = float(value)
-            if kind is float and math.isfinite(number):
-                return number
-            if kind is int and number.is_integer():
-                return int(value) if isinstance(value, (int, float)) or value.lstrip("+-").isdigit() else int(number)
-        except (ValueError, OverflowError):
-            pass
+            if math.isfinite(number) and (kind is float or number.is_integer()):
+                return kind(number)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        pass
     raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")
 
 
 def typed_keys(values, where):
     """{key: typed value} of a dict of raw ones; an unknown key is a UserError that names the nearest."""
-    known = [field.name for field in fields(Config)]
+    known = [item.name for item in fields(Config)]
     for name in values:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -173,46 +178,44 @@ def resumed_config(saved, from_file, options):
 
 def check(config, world):
     """The ModelConfig of a config; UserError if its values cannot make a run on `world` processes."""
-    for name in ("tokens_per_step", "micro_batch_size", "max_steps", "eval_every", "eval_tokens", "log_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("checkpoint_every", "lr", "init_std", "rope_theta"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} must be above 0, not {getattr(config, name)}")
-    for name in ("warmup_steps", "decay_steps", "weight_decay", "grad_clip", "seed", "norm_eps"):
-        if getattr(config, name) < 0:
-            raise UserError(f"{name} must not be negative, but is {getattr(config, name)}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
-    for name, choices in {"device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", "float32", "bfloat16")}.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"{name} must be one of {', '.join(choices)}, not {getattr(config, name)!r}")
+    for item in fields(Config):
+        value, choices = getattr(config, item.name), item.metadata["choices"]
+        low, high = item.metadata["within"]
+        if choices and value not in choices:
+            raise UserError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
+        if item.type in (int, float) and not low <= value < high:
+            limits = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+            raise UserError(f"{item.name} must be {limits}, not {value}")
     if config.warmup_steps + config.decay_steps > config.max_steps:
         raise UserError(
             f"warmup_steps={config.warmup_steps} and decay_steps={config.decay_steps} do not fit into "
             f"max_steps={config.max_steps}: lower them, or raise max_steps"
         )
     try:
-        model = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
+        model_config = ModelConfig(**{item.name: getattr(config, item.name) for item in fields(ModelConfig)})
     except ValueError as error:
         raise UserError(str(error)) from None
-    sequences = config.tokens_per_step / config.seq_len
-    if sequences % (config.micro_batch_size * world):
-        unit = config.seq_len * world
-        if config.tokens_per_step % unit == 0:
-            share = config.tokens_per_step // unit
-            fits = [size for size in range(1, share + 1) if share % size == 0]
-            hint = f"micro_batch_size may be {', '.join(map(str, fits))}"
-        else:
-            unit *= config.micro_batch_size
-            below = config.tokens_per_step // unit * unit
-            hint = f"the nearest tokens_per_step is {f'{below} or ' if below else ''}{below + unit}"
-        raise UserError(
-            f"tokens_per_step={config.tokens_per_step} does not divide into micro_batch_size="
-            f"{config.micro_batch_size} sequences of {config.seq_len} on {world} process(es): {hint}"
-        )
-    return model
+    check_batch(config, world)
+    return model_config
+
+
+def check_batch(config, world):
+    """UserError, with what would divide, unless tokens_per_step is a whole number of micro-batches on each process."""
+    share = config.seq_len * world  # tokens of one sequence on every process
+    if config.tokens_per_step % (share * config.micro_batch_size) == 0:
+        return
+    if config.tokens_per_step % share == 0:
+        sequences = config.tokens_per_step // share
+        fits = [size for size in range(1, min(sequences, 256) + 1) if sequences % size == 0]
+        hint = f"micro_batch_size may be {', '.join(map(str, fits))}"
+    else:
+        unit = share * config.micro_batch_size
+        below = config.tokens_per_step // unit * unit
+        hint = f"the nearest tokens_per_step is {f'{below} or ' if below else ''}{below + unit}"
+    raise UserError(
+        f"tokens_per_step={config.tokens_per_step} does not divide into micro_batch_size={config.micro_batch_size} "
+        f"sequences of {config.seq_len} on {world} process(es): {hint}"
+    )
 
 
 def print_help():
@@ -432,8 +435,24 @@ def open_data(config):
     return corpus, validation, meta
 
 
+def open_log(out, config, device, records):
+    """Make the run's folder with its config.json and a log.jsonl of these records, and open that for more."""
+    about = {
+        "config": asdict(config),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        "device": device_name(device),
+        "commit": git_commit(),
+    }
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+    write_atomically(out / "log.jsonl", lambda file: file.write(lines.encode()))
+    return open(out / "log.jsonl", "a", buffering=1, encoding="utf-8")
+
+
 def train(from_file, options):
     """Run, or go on with, the training that a config file and a command line describe."""
+    # What to run
     config = replace(from_file, **options)
     out = Path(config.out)
     checkpoint = load_checkpoint(out / "ckpt.pt") if config.resume else None
@@ -442,31 +461,29 @@ def train(from_file, options):
     model_config = check(config, WORLD)
     if RANK == 0 and not config.resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
         raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+    start = checkpoint["step"] if checkpoint else 0
+    seconds = checkpoint["seconds"] if checkpoint else 0.0  # spent in training steps
+    if start > config.max_steps:
+        raise UserError(f"the run in {out} is at step {start}, beyond max_steps={config.max_steps}: raise it")
+    records = read_log(out / "log.jsonl", start) if checkpoint else []
+    validated = {record["step"] for record in records if record["kind"] == "val"}
+    if start == config.max_steps and start in validated:
+        say(f"{out} is finished: step {start} of {config.max_steps}")
+        return
 
+    # What to run it on
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     with torch.device("meta"):
         sizes = Llama(model_config)
+    flops_per_token = sizes.flops_per_token()
     say(
-        f"{config.activation}: {sizes.num_parameters():,} parameters, {sizes.flops_per_token():,} FLOPs a token, "
+        f"{config.activation}: {sizes.num_parameters():,} parameters, {flops_per_token:,} FLOPs a token, "
         f"{config.tokens_per_step:,} tokens a step, {WORLD} process(es) on {device_name(device)} in {str(dtype)[6:]}"
     )
     if device.type == "cpu" and sizes.num_parameters() > 2e8:
         say("note: no GPU is used, and a model of this size wants several")
     corpus, validation, meta = open_data(config)
-
-    # Where the run stands
-    start = checkpoint["step"] if checkpoint else 0
-    seconds = checkpoint["seconds"] if checkpoint else 0.0
-    records = read_log(out / "log.jsonl", start) if checkpoint else []
-    validated = {record["step"] for record in records if record["kind"] == "val"}
-    if start > config.max_steps:
-        raise UserError(f"the run in {out} is at step {start}, beyond max_steps={config.max_steps}: raise it")
-    if start == config.max_steps and start in validated:
-        say(f"{out} is finished: step {start} of {config.max_steps}")
-        return
-
-    # The model
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)  # compiled code is not, by itself
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -474,41 +491,24 @@ def train(from_file, options):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # The model: training goes through `trained`, evaluation and checkpoints use the raw one
     model = Llama(model_config, dtype, config.seed).to(device)
     optimizer = make_optimizer(model, config)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         groups = optimizer.state_dict()["param_groups"]  # of this config, which may have changed
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        checkpoint = None
+        del checkpoint
         say(f"resuming {out} at step {start}")
     if config.compile and can_compile(device.type):
         model.compile_parts()
         say("compiling: the first step takes longer")
-    # Training goes through `trained`; evaluation and checkpoints use the raw model
     trained = model
     if WORLD > 1:
         trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    # The run's folder, written by the first process alone
-    log = None
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        about = {
-            "config": asdict(config),
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-            "device": device_name(device),
-            "commit": git_commit(),
-        }
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomically(out / "config.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
-        write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
-        log = open(out / "log.jsonl", "a", buffering=1, encoding="utf-8")
-
-    def write_log(**record):
-        if log:
-            log.write(json.dumps(record) + "\n")
-
+    # The batches: this process's rows of each, the next one read while a step runs
     sequences = config.tokens_per_step // config.seq_len
     rows = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
 
@@ -519,6 +519,12 @@ def train(from_file, options):
     batches = prefetched(load_batch, range(start, config.max_steps))
     peak = peak_flops(device, dtype)
     recent = []  # seconds of the steps since the last line of the log
+    log = open_log(out, config, device, records) if RANK == 0 else None
+
+    def write_log(kind, step, **values):
+        if log:
+            record = {"kind": kind, "step": step, "tokens": step * config.tokens_per_step, "seconds": seconds, **values}
+            log.write(json.dumps(record) + "\n")
 
     # `step` counts the updates done. Each round saves, evaluates, then updates; the round after the last update
     # only saves and evaluates.
@@ -528,15 +534,11 @@ def train(from_file, options):
             save_checkpoint(out / "ckpt.pt", model, optimizer, config, from_file, step, seconds)
         if step not in validated and (step == 0 or last or step % config.eval_every == 0):
             loss = evaluate(model, validation, config, device)
-            record = {
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700)),  # e^709 is the largest float
-                "bits_per_byte": bits_per_byte(loss, meta),
-            }
-            bpb = "" if meta is None else f"  bits/byte {record['bits_per_byte']:.4f}"
-            say(f"step {step}/{config.max_steps}  val loss {loss:.4f}  perplexity {record['perplexity']:.3f}{bpb}")
-            tokens = step * config.tokens_per_step
-            write_log(kind="val", step=step, tokens=tokens, seconds=seconds, **record, **model.effective_alphas())
+            perplexity = math.exp(min(loss, 700))  # e^709 is the largest float
+            bpb = bits_per_byte(loss, meta)
+            write_log("val", step, loss=loss, perplexity=perplexity, bits_per_byte=bpb, **model.effective_alphas())
+            bpb = "" if bpb is None else f"  bits/byte {bpb:.4f}"
+            say(f"step {step}/{config.max_steps}  val loss {loss:.4f}  perplexity {perplexity:.3f}{bpb}")
         if last:
             break
 
@@ -544,34 +546,25 @@ def train(from_file, options):
         lr = learning_rate(config, step)
         began = time.perf_counter()
         loss, grad_norm = train_step(trained, optimizer, batch, lr, config)
-        elapsed = time.perf_counter() - began
-        seconds += elapsed
-        if step > start:  # the first step compiles
-            recent.append(elapsed)
+        recent.append(time.perf_counter() - began)
+        seconds += recent[-1]
 
         done = step + 1
         if done == 1 or done == config.max_steps or done % config.log_every == 0:
             loss = mean_over_processes(loss, device)
-            step_seconds = sum(recent) / len(recent) if recent else elapsed
-            tokens_per_s = config.tokens_per_step / step_seconds
-            mfu = sizes.flops_per_token() * tokens_per_s / (peak * WORLD) if peak else None
-            write_log(
-                kind="train",
-                step=done,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens=done * config.tokens_per_step,
-                tokens_per_s=tokens_per_s,
-                mfu=mfu,
-                seconds=seconds,
-            )
-            say(
-                f"step {done}/{config.max_steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}  "
-                f"{tokens_per_s:,.0f} tokens/s{f'  mfu {mfu:.1%}' if peak else ''}  "
-                f"eta {format_seconds(step_seconds * (config.max_steps - done))}"
-            )
+            tokens_per_s = config.tokens_per_step * len(recent) / sum(recent)
+            mfu = flops_per_token * tokens_per_s / (peak * WORLD) if peak else None
+            write_log("train", done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, mfu=mfu)
+            line = f"step {done}/{config.max_steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}"
+            if step > start:
+                left = (config.max_steps - done) * config.tokens_per_step / tokens_per_s
+                line += (
+                    f"  {tokens_per_s:,.0f} tokens/s{f'  mfu {mfu:.1%}' if peak else ''}  eta {format_seconds(left)}"
+                )
+            say(line)
             recent.clear()
+        elif step == start:
+            recent.clear()  # the first step compiles, and would spoil the rate of those that follow
     say(f"finished in {format_seconds(seconds)} of training: {out}")
 
 
@@ -586,6 +579,9 @@ def main(argv):
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        say("interrupted: --resume goes on from the last checkpoint")
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
