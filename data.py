@@ -80,26 +80,33 @@ def find_shards(folder, split):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}: make it with prepare_data.py (its line is in the config)")
-    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    paths = sorted(path for path in folder.glob(f"*_{split}_*.bin") if path.is_file())
     if not paths:
         raise UserError(f"{folder} has no {split} shards (*_{split}_*.bin): make them with prepare_data.py")
     return [open_shard(path) for path in paths]
 
 
 def read_meta(folder):
-    """meta.json of a folder of shards, or None where there is none (shards made by others)."""
+    """meta.json of a folder of shards, or None where there is none (shards made by others); UserError if it is
+    malformed or does not describe the shards beside it."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        int(meta["vocab_size"]), str(meta["tokenizer"])
-        for split in ("train", "val"):
-            int(meta["splits"][split]["tokens"]), int(meta["splits"][split]["bytes"])
+        numbers = [meta["vocab_size"], *(meta["splits"][s][n] for s in ("train", "val") for n in ("tokens", "bytes"))]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"counts {numbers}")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is malformed ({error!r}): prepare the data again, or delete it to train without"
         ) from None
+    for split in ("train", "val"):
+        told, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in find_shards(folder, split))
+        if told != held:
+            raise UserError(
+                f"{path} tells of {told} {split} tokens, but the shards hold {held}: prepare the data again"
+            )
     return meta
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import HEADER_BYTES, UserError, get_tokenizer, shard_header, token_dtype
+from data import HEADER_BYTES, UserError, get_tokenizer, read_meta, shard_header, token_dtype
 
 PIECE = 2**20  # characters of text that are tokenised at once
 DEFAULT_VAL_TOKENS = 1_000_000
@@ -77,7 +77,7 @@ def read_txt(path, skipped):
     """One document, read piece by piece, since it may be larger than memory."""
     raw, stream = open_input(path)
     before = 0
-    for number, part in enumerate(cut(io.TextIOWrapper(stream, "utf-8", "replace", newline="").read)):
+    for number, part in enumerate(cut(io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="").read)):
         yield Piece(part, number == 0, raw.tell() - before)
         before = raw.tell()
 
@@ -111,10 +111,10 @@ def read_parquet(path, skipped):
     size = os.path.getsize(path) / max(1, table.metadata.num_rows)
     for batch in table.iter_batches(batch_size=1024, columns=["text"]):
         for text in batch.column(0).to_pylist():
-            if text is None:
-                skip(skipped, "parquet rows without a text", str(path))
-            else:
+            if isinstance(text, str):
                 yield from document(text, size)
+            else:
+                skip(skipped, "parquet rows without a text", str(path))
 
 
 def open_input(path):
@@ -153,10 +153,11 @@ def read_files(paths, skipped):
 
 def find_files(source):
     """The text files that a file, a folder or a glob names, sorted; UserError if there are none."""
-    if Path(source).is_dir():
-        found = [str(path) for path in Path(source).rglob("*") if path.is_file()]
+    if source and Path(source).is_dir():
+        found = map(str, Path(source).rglob("*"))
     else:
         found = [source] if Path(source).is_file() else glob.glob(source, recursive=True)
+    found = [path for path in found if os.path.isfile(path)]
     if not found:
         raise UserError(f"there is no source {source!r}: give stdlib, fineweb-edu, or a file, folder or glob")
     files = sorted(path for path in found if kind(path))
@@ -324,28 +325,26 @@ def claim(out, settings):
     Until all shards are written `out` holds a meta.json.tmp, by which an interrupted run's leftovers are known as
     ours and removed.
     """
-    meta, unfinished = out / "meta.json", out / "meta.json.tmp"
-    shards = sorted(out.glob("*.bin"))
-    if meta.exists():
-        try:
-            found = json.loads(meta.read_text("utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
-            found = None
-        if found == settings:
+    unfinished = out / "meta.json.tmp"
+    if meta := read_meta(out):
+        if meta.get("settings") == settings:
             return False
         raise UserError(f"{out} already holds data prepared otherwise: choose another --out, or delete it")
-    if shards and not unfinished.exists():
+    if list(out.glob("*.bin")) and not unfinished.exists():
         raise UserError(f"{out} already holds shards from elsewhere: choose another --out, or delete them")
     out.mkdir(parents=True, exist_ok=True)
+    if unfinished.exists():
+        discard(out)
     unfinished.write_text(json.dumps(settings), "utf-8")
-    discard(out)
     return True
 
 
 def discard(out):
-    """Remove the shards, whole or not, that a run of ours wrote into `out`."""
-    for path in [*out.glob(f"{out.name}_*_*.bin"), *out.glob(f"{out.name}_*_*.tmp")]:
-        path.unlink()
+    """Remove the shards, whole or not, that a run of ours wrote into `out`, and the mark it left."""
+    ours = re.compile(re.escape(out.name) + r"_(val|train)_\d{6}\.(bin|tmp)|meta\.json\.tmp")
+    for path in out.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -353,11 +352,21 @@ def discard(out):
 
 
 def count(text):
-    """A positive whole number: 1000000, 1_000_000 or 1e6."""
-    value = float(text)
-    if not value.is_integer() or value < 1:
-        raise ValueError
-    return int(value)
+    """A whole number, at least 1: 1000000, 1_000_000 or 1e6."""
+    try:
+        value = float(text)
+        if value >= 1 and value.is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, not {text!r}")
+
+
+def shard_size(text):
+    """A number of tokens that makes a shard: two at least, and what the header's int32 can count."""
+    if 2 <= count(text) < 2**31:
+        return count(text)
+    raise argparse.ArgumentTypeError(f"must be at least 2 and below {2**31}, not {text}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -369,22 +378,21 @@ def parse(argv):
     """The command line as a namespace; UserError where it is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="stdlib, fineweb-edu, or a file, folder or glob")
-    parser.add_argument("--out", type=Path, help="folder to write (default: data/NAME, after the source)")
+    parser.add_argument("--out", help="folder to write (default: data/NAME, after the source)")
     parser.add_argument("--tokenizer", help="bytes, gpt2, or a tiktoken name (default: bytes for stdlib, else gpt2)")
     parser.add_argument("--tokens", type=count, help="stop after this many, validation included (default: all)")
     parser.add_argument(
         "--val_tokens",
-        type=count,
+        type=shard_size,
         help=f"in the validation shard (default: a tenth of the corpus, at most {DEFAULT_VAL_TOKENS:,})",
     )
-    parser.add_argument("--shard_tokens", type=count, default=10**8, help="in a training shard (default: 1e8)")
+    parser.add_argument("--shard_tokens", type=shard_size, default=10**8, help="in a training shard (default: 1e8)")
     parser.add_argument("--subset", default="sample-10BT", help="of fineweb-edu (default: sample-10BT)")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="threads (default: all cores)")
     args = parser.parse_args(argv)
     args.tokenizer = args.tokenizer or ("bytes" if args.source == "stdlib" else "gpt2")
-    args.out = args.out or Path("data") / (
-        re.sub(r"\W+", "-", Path(args.source).name.split(".")[0]).strip("-") or "text"
-    )
+    stem = re.sub(r"\W+", "-", Path(args.source).name.split(".")[0]).strip("-")
+    args.out = Path(args.out or f"data/{stem or 'text'}").resolve()
     return args
 
 
@@ -398,7 +406,7 @@ def prepare(args):
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source
     if not claim(args.out, settings):
-        print(f"{args.out} is complete already; delete it to prepare it again")
+        print(f"{args.out} is complete already; delete it to read the source again")
         return
 
     def tokens():
@@ -421,9 +429,11 @@ def prepare(args):
         print(f"skipped {times} {reason}, the first {first}", file=sys.stderr)
     if min(splits[split]["tokens"] for split in splits) < 2:
         discard(args.out)
-        (args.out / "meta.json.tmp").unlink()
         total = splits["val"]["tokens"] + splits["train"]["tokens"]
-        raise UserError(f"{source} is too short: {total} tokens do not make a validation and a training split")
+        raise UserError(
+            f"{source} is too short: its {total} tokens do not make a validation split"
+            f"{f' of {args.val_tokens}' if args.val_tokens else ''} and a training split"
+        )
     meta = {
         "tokenizer": args.tokenizer,
         "vocab_size": encoding.n_vocab,
@@ -441,12 +451,12 @@ def prepare(args):
 def main(argv):
     try:
         prepare(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command starts over", file=sys.stderr)
+        return 130
     return 0
 
 

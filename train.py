@@ -19,6 +19,7 @@ import runpy
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def run_config_file(path):
         sys.path.insert(0, str(ROOT))
     try:
         values = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = str(error).strip().splitlines() or [""]
         raise UserError(f"config {path} does not run: {type(error).__name__}: {reason[0]}") from None
     module = type(sys)
@@ -156,6 +157,8 @@ def read_config(argv):
             name, equals, value = argument[2:].partition("=")
             options[name] = value if equals else True
     options = typed_keys(options, "on the command line")
+    if not options.get("out", True):
+        del options["out"]
     if len(files) != 1:
         raise UserError(f"give one config file, as in train.py configs/demo.py, not {' '.join(files) or 'none'}")
     config = replace(Config(out=f"out/{Path(files[0]).stem}"), **run_config_file(files[0]))
@@ -308,14 +311,19 @@ def write_atomically(path, write):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint saved, or None if there is nothing."""
+    """What save_checkpoint saved, or None if there is no file; UserError if it is damaged or something else."""
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save wrote
+            raise ValueError("a checksum does not match")
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not {"model", "optimizer", "step", "seconds", "config", "from_file"} <= set(checkpoint):
+            raise ValueError("it is no checkpoint of train.py")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, or start a new run") from None
+    return checkpoint
 
 
 def save_checkpoint(path, model, optimizer, config, from_file, step, seconds):
@@ -332,14 +340,16 @@ def save_checkpoint(path, model, optimizer, config, from_file, step, seconds):
 
 
 def read_log(path, step):
-    """The lines of a log up to `step`; a torn last one is left out."""
+    """The lines of a log up to `step`; what is no such line, as a torn last one, is left out."""
     records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            if record["kind"] in ("train", "val") and record["step"] <= step:
+                records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    return [record for record in records if record["step"] <= step]
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -574,10 +584,10 @@ def main(argv):
         return 0
     try:
         train(*read_config(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         if RANK:  # let the first process speak; torchrun then ends this one
             time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         say("interrupted: --resume goes on from the last checkpoint")

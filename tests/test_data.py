@@ -100,21 +100,27 @@ def test_missing_folder_and_shards(tmp_path):
         find_shards(tmp_path, "train")
 
 
-def test_meta(tmp_path):
-    assert read_meta(tmp_path) is None
-    good = {
-        "tokenizer": "bytes",
-        "vocab_size": 257,
-        "splits": {s: {"tokens": 30, "bytes": 20} for s in ("train", "val")},
-    }
-    (tmp_path / "meta.json").write_text(json.dumps(good))
-    assert read_meta(tmp_path) == good
-    assert bits_per_byte(np.log(2), good) == pytest.approx(1.5)
+def test_meta(folder):
+    assert read_meta(folder) is None
+    splits = {"val": {"tokens": 50, "bytes": 40}, "train": {"tokens": 160, "bytes": 100}}
+    good = {"tokenizer": "bytes", "vocab_size": 257, "splits": splits}
+    path = folder / "meta.json"
+    path.write_text(json.dumps(good))
+    assert read_meta(folder) == good
+    assert bits_per_byte(np.log(2), good) == pytest.approx(50 / 40)
     assert bits_per_byte(1.0, None) is None
-    for bad in ("{", "[]", "{}", '{"vocab_size": "x"}', json.dumps(good | {"splits": {}}), "\xff"):
-        (tmp_path / "meta.json").write_text(bad, encoding="latin-1")
+    empty = {"val": {"tokens": 50, "bytes": 0}, "train": splits["train"]}
+    assert bits_per_byte(1.0, good | {"splits": empty}) is None
+    bad = ["{", "[]", "3", "{}", "\xff", "[" * 10**5]
+    bad += [json.dumps(good | change) for change in ({"splits": {}}, {"vocab_size": "257"}, {"vocab_size": True})]
+    bad += [json.dumps(good | {"splits": splits | {"val": {"tokens": 50, "bytes": value}}}) for value in (-1, 0.5)]
+    for text in bad:
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match="meta.json is malformed"):
-            read_meta(tmp_path)
+            read_meta(folder)
+    path.write_text(json.dumps(good | {"splits": splits | {"val": {"tokens": 51, "bytes": 40}}}))
+    with pytest.raises(UserError, match="tells of 51 val tokens, but the shards hold 50"):
+        read_meta(folder)
 
 
 # ------------------------------------------------------------------------------------------------ order

@@ -104,12 +104,14 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     (folder / "c.parquet").write_bytes(b"no parquet")
     (folder / "d.txt.gz").write_bytes(b"no gzip")
     pq.write_table(pa.table({"body": ["no text"]}), folder / "e.parquet")
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "g.parquet")
     (folder / "f.txt").write_text("the end")
     out = tmp_path / "out"
     stderr = run(folder, f"--out={out}", "--tokenizer=bytes", "--val_tokens=5").stderr
     assert sum(tokens(out), []) == stream_of(["good", "?!", "bad \ufffd utf-8 \0 and NUL", "the end"])
     assert 'skipped 4 lines that are no JSON object with a "text", the first' in stderr and "a.jsonl:3" in stderr
     assert 'skipped 1 parquet files without a column "text"' in stderr
+    assert "skipped 2 parquet rows without a text" in stderr
     assert "c.parquet" in stderr and "d.txt.gz" in stderr
 
 
@@ -201,21 +203,27 @@ def test_a_folder_that_holds_something_is_not_overwritten(jsonl, tmp_path):
     run(*line)
     before = shards(out)
     assert "complete already" in run(*line).stdout
+    moved = next(out.glob("*_train_*")).rename(tmp_path / "moved")
+    assert "no train shards" in error(*line)
+    moved.rename(out / "out_train_000001.bin")
     assert "prepared otherwise" in error(*line, "--val_tokens=100")
     (out / "meta.json").unlink()
     assert "shards from elsewhere" in error(*line)
     assert shards(out) == before
 
 
-def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path):
-    whole, out = tmp_path / "a" / "out", tmp_path / "b" / "out"
+@pytest.mark.parametrize("name", ["out", "o[1]", "*"])
+def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path, name):
+    whole, out = tmp_path / "a" / name, tmp_path / "b" / name
     run(jsonl, f"--out={whole}", "--tokenizer=bytes", "--shard_tokens=1000")
     out.mkdir(parents=True)
     (out / "meta.json.tmp").write_text("{")
-    (out / "out_train_000099.bin").write_bytes(b"left over")
-    (out / "out_train_000100.tmp").write_bytes(b"left over")
+    (out / f"{name}_train_000099.bin").write_bytes(b"left over")
+    (out / f"{name}_train_000100.tmp").write_bytes(b"left over")
+    (out / "my_train_notes.tmp").write_bytes(b"not ours")
     run(jsonl, f"--out={out}", "--tokenizer=bytes", "--shard_tokens=1000")
-    assert shards(out) == shards(whole) and len(list(out.iterdir())) == len(list(whole.iterdir()))
+    assert (out / "my_train_notes.tmp").exists()
+    assert shards(out) == shards(whole) and len(list(out.iterdir())) == len(list(whole.iterdir())) + 1
 
 
 def test_mistakes(jsonl, tmp_path):
@@ -226,6 +234,7 @@ def test_mistakes(jsonl, tmp_path):
     assert "holds no .txt, .jsonl, .parquet file" in error(tmp_path / "a.md")
     assert "unknown tokenizer 'gtp2'" in error(jsonl, "--tokenizer=gtp2")
     assert "--tokens" in error(jsonl, "--tokens=many") and "--tokens" in error(jsonl, "--tokens=-5")
+    assert "at least 2 and below 2147483648" in error(jsonl, "--shard_tokens=3e9")
     assert "--tokkens" in error(jsonl, "--tokkens=5")
     assert "SOURCE" in error()
     (tmp_path / "file").write_text("x")

@@ -145,6 +145,7 @@ def test_bad_command_lines(tmp_path, arguments, message):
         ("dim = ", "does not run: SyntaxError"),
         ("from configs.nothing import *", "does not run: ModuleNotFoundError"),
         ("raise SystemError", "does not run: SystemError"),
+        ("exit(0)", "does not run: SystemExit: 0"),
     ],
 )
 def test_bad_config_files(tmp_path, text, message):
@@ -349,7 +350,7 @@ def test_kill_and_resume_give_the_losses_of_the_run_that_was_never_stopped(confi
     process.send_signal(signal.SIGKILL)
     process.communicate()
     with open(killed / "log.jsonl", "a") as file:
-        file.write('{"kind": "train", "step": 149, "lo')  # torn by the kill
+        file.write('[]\n"x"\n{"kind": "val"}\n{"kind": "train", "step": 149, "lo')  # torn by the kill
     assert "resuming" in run(config, *options, f"--out={killed}", "--resume")
     assert log(killed) == log(whole)
     ends = [torch.load(out / "ckpt.pt", weights_only=True)["model"] for out in (whole, killed)]
@@ -481,10 +482,24 @@ def test_too_short_a_corpus(config, tmp_path, capsys):
 
 
 def test_a_checkpoint_that_cannot_be_read(config, tmp_path, capsys):
-    run(config, "--max_steps=7")
+    run(config, "--max_steps=7", "--activation=relu2")
     path = tmp_path / "out" / "tiny" / "ckpt.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "ckpt.pt cannot be read" in error(capsys, config, "--resume")
+    good, log_before = path.read_bytes(), log(path.parent)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for bad in (good[:1000], b"", bytes(flipped)):
+        path.write_bytes(bad)
+        assert "ckpt.pt cannot be read" in error(capsys, config, "--resume", "--activation=relu2")
+    for foreign in ({}, [1], {"model": {}, "step": 3}):
+        torch.save(foreign, path)
+        assert "ckpt.pt cannot be read" in error(capsys, config, "--resume", "--activation=relu2")
+    assert log(path.parent) == log_before
+
+
+def test_folders_that_cannot_be_used(config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in error(capsys, config, f"--out={tmp_path}/file/x")
+    assert "no data folder" in error(capsys, config, f"--data={tmp_path}/a\nb")
 
 
 def test_under_torchrun_the_first_process_speaks(config):
