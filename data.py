@@ -12,6 +12,7 @@ import base64
 import importlib.resources
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,10 @@ def find_shards(folder, split):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no data folder {folder}: make it with prepare_data.py (its line is in the config)")
-    paths = sorted(path for path in folder.glob(f"*_{split}_*.bin") if path.is_file())
+    named = re.compile(rf".*_{split}(_\d+)?\.bin")
+    paths = sorted(path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_file())
     if not paths:
-        raise UserError(f"{folder} has no {split} shards (*_{split}_*.bin): make them with prepare_data.py")
+        raise UserError(f"{folder} has no {split} shards (NAME_{split}_000001.bin): make them with prepare_data.py")
     return [open_shard(path) for path in paths]
 
 
@@ -180,14 +182,13 @@ class Corpus:
         first = number - (self.ends[index - 1] if index else 0)
         return self.read(self.shards[index], int(first) * self.seq_len, self.seq_len + 1)
 
-    def batch(self, seed, step, size, rows=None):
-        """Training batch number `step` of `size` sequences: (size, seq_len + 1) int64, or only its `rows` (a slice).
+    def batch(self, seed, step, size):
+        """Training batch number `step` of `size` sequences: (size, seq_len + 1) int64.
 
         Position step·size + row of the run falls in epoch position // n_sequences, which visits every sequence
         once in its own order. Depends on nothing else: not on ranks, micro-batches or earlier calls.
         """
-        position = np.arange(step * size, (step + 1) * size)[rows or slice(None)]
-        epochs, places = np.divmod(position, self.n_sequences)
+        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.n_sequences)
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             now = epochs == epoch
@@ -210,23 +211,25 @@ def prefetched(function, arguments):
 def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
     """(inputs, targets), each (size, seq_len) int64, that predict the first max_tokens validation tokens once each.
 
-    Every rank of `world` gets its share. What does not fill the last sequence or the last batch is padded with
-    `ignore` targets: the set is covered to its last token, and every batch has one shape.
+    Every rank of `world` gets its share (and reads the rest too, so that a bad token stops all of them alike). What
+    does not fill the last sequence or the last batch is padded with `ignore` targets: the set is covered to its last
+    token, and every batch has one shape.
     """
     spans = []
     for shard in corpus.shards:
-        for start in range(0, min(shard.tokens - 1, max_tokens), corpus.seq_len):
-            length = min(corpus.seq_len, shard.tokens - 1 - start, max_tokens - start)
-            spans.append((shard, start, length))
-        max_tokens -= max(0, min(shard.tokens - 1, max_tokens))
-    for first in range(rank * size, len(spans), world * size):
+        predictable = min(max(0, shard.tokens - 1), max_tokens)
+        for start in range(0, predictable, corpus.seq_len):
+            spans.append((shard, start, min(corpus.seq_len, predictable - start)))
+        max_tokens -= predictable
+    for number, first in enumerate(range(0, len(spans), size)):
         inputs = np.zeros((size, corpus.seq_len), np.int64)
         targets = np.full((size, corpus.seq_len), ignore, np.int64)
         for row, (shard, start, length) in enumerate(spans[first : first + size]):
             tokens = corpus.read(shard, start, length + 1)
             inputs[row, :length] = tokens[:-1]
             targets[row, :length] = tokens[1:]
-        yield inputs, targets
+        if number % world == rank:
+            yield inputs, targets
 
 
 # ---------------------------------------------------------------------------------------------------------------

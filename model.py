@@ -99,10 +99,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(upcast(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
-def rope_table(seq_len, head_dim, theta, device=None):
+def rope_table(seq_len, head_dim, theta):
     """cos and sin of the rotary angles, each (T, D/2) in float32: in bf16 the angle errs by 16 rad at T = 4096."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
 
 
@@ -172,6 +172,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.chunk_loss = chunk_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -202,8 +203,8 @@ class Llama(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * self.config.n_layers)
             stream = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "little"))
-            weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream[:8], "little"))
+            weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
 
     def forward(self, tokens, targets=None, reduction="mean"):
         T = tokens.shape[1]
@@ -218,22 +219,22 @@ class Llama(nn.Module):
     def loss(self, x, targets, reduction):
         """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
         reduction "mean" (nats a token) or "sum". Chunk by chunk, recomputing each chunk's logits for its gradient."""
-        x, targets = x.flatten(0, 1), targets.flatten()
-        weight = self.lm_head.weight.to(x.dtype)
+        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= rows:
-            total = chunk_loss(x, weight, targets)
+            total = self.chunk_loss(x, weight, targets)
         else:
             chunks = zip(x.split(rows), targets.split(rows))
-            total = sum(checkpoint(chunk_loss, h, weight, t, use_reentrant=False) for h, t in chunks)
+            total = sum(checkpoint(self.chunk_loss, h, weight, t, use_reentrant=False) for h, t in chunks)
         return total / (targets != IGNORE).sum() if reduction == "mean" else total
 
     def compile_parts(self):
-        """Compile each layer and the loss, in place. The layers share one compilation (it takes as long for 24 as
-        for one), state-dict names stay as they are, and DDP can send a layer's gradients while the next computes."""
+        """Compile each layer and the loss of a chunk, in place. The layers share one compilation (it takes as long
+        for 24 as for one), state-dict names stay as they are, DDP can send a layer's gradients while the next one
+        computes, and no more than a chunk of logits is ever held."""
         for layer in self.layers:
             layer.compile()
-        self.loss = torch.compile(self.loss)
+        self.chunk_loss = torch.compile(chunk_loss)
 
     def activation_scalars(self):
         """The trained scalars of the activations, which take no weight decay."""
@@ -255,5 +256,7 @@ class Llama(nn.Module):
 
 
 def chunk_loss(x, weight, targets):
-    """Summed cross-entropy in float32 of hidden states x (N, C) with targets (N,), by the head's weight (V, C)."""
-    return F.cross_entropy(upcast(F.linear(x, weight)), targets, ignore_index=IGNORE, reduction="sum")
+    """Summed cross-entropy in float32 of hidden states x (N, C) with targets (N,), by the head's weight (V, C). The
+    weight is cast here, so that the chunks' gradients of it are added up in float32."""
+    logits = F.linear(x, weight.to(x.dtype))
+    return F.cross_entropy(upcast(logits), targets, ignore_index=IGNORE, reduction="sum")

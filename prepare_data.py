@@ -52,7 +52,8 @@ CUT = re.compile(r"[^\W\d_](?= [^\W\d_])|\S\n(?=[^\s/])")
 
 
 def cut(read):
-    """Texts of about PIECE characters whose tokens, joined, are those of the whole; read(n) gives the next n."""
+    """Texts of about PIECE characters whose tokens, joined, are those of the whole; read(n) gives the next n. A text
+    without a place to cut is cut anyway every 8 pieces, which may split a token there."""
     text = ""
     while more := read(PIECE):
         searched = max(PIECE, len(text) - 2)
@@ -60,6 +61,9 @@ def cut(read):
         if found := CUT.search(text, searched):
             yield text[: found.end()]
             text = text[found.end() :]
+        elif len(text) >= 8 * PIECE:
+            yield text
+            text = ""
     if text:
         yield text
 

@@ -19,6 +19,7 @@ import runpy
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent
 # torchrun tells each process who it is
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def key(default, help, within=(-math.inf, math.inf), choices=None):
 
 
 COUNT = (1, math.inf)
-POSITIVE = (0, math.inf)
+NOT_NEGATIVE = (0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Config:
     ffn_dim: int = key(ModelConfig.ffn_dim, "width of an ungated MLP; a gated activation gets 2/3 of it", COUNT)
     vocab_size: int = key(ModelConfig.vocab_size, "rows of the embedding; at least the tokenizer's", COUNT)
     rope_theta: float = key(ModelConfig.rope_theta, "base of the rotary frequencies", COUNT)
-    norm_eps: float = key(ModelConfig.norm_eps, "epsilon of RMSNorm", POSITIVE)
+    norm_eps: float = key(ModelConfig.norm_eps, "epsilon of RMSNorm", NOT_NEGATIVE)
     tie_embeddings: bool = key(ModelConfig.tie_embeddings, "one matrix for embedding and output head")
-    init_std: float = key(ModelConfig.init_std, "standard deviation of the initial weights", POSITIVE)
+    init_std: float = key(ModelConfig.init_std, "standard deviation of the initial weights", NOT_NEGATIVE)
     # data
     data: str = key("data/stdlib", "folder of token shards (prepare_data.py)")
     seq_len: int = key(ModelConfig.seq_len, "tokens in a sequence", COUNT)
@@ -74,13 +76,13 @@ class Config:
     micro_batch_size: int = key(16, "sequences a process computes at once; the rest is accumulated", COUNT)
     # schedule and optimizer
     max_steps: int = key(1000, "updates in all", COUNT)
-    lr: float = key(1e-3, "peak learning rate", POSITIVE)
-    warmup_steps: int = key(100, "updates of linear warm-up", POSITIVE)
-    decay_steps: int = key(200, "last updates, decaying by 1 - sqrt to 0", POSITIVE)
-    weight_decay: float = key(0.1, "of AdamW, on everything but the activation scalars", POSITIVE)
+    lr: float = key(1e-3, "peak learning rate", NOT_NEGATIVE)
+    warmup_steps: int = key(100, "updates of linear warm-up", NOT_NEGATIVE)
+    decay_steps: int = key(200, "last updates, decaying by 1 - sqrt to 0", NOT_NEGATIVE)
+    weight_decay: float = key(0.1, "of AdamW, on everything but the activation scalars", NOT_NEGATIVE)
     beta1: float = key(0.9, "of AdamW", (0, 1))
     beta2: float = key(0.95, "of AdamW", (0, 1))
-    grad_clip: float = key(1.0, "largest norm of the gradient; 0 for no clipping", POSITIVE)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0 for no clipping", NOT_NEGATIVE)
     seed: int = key(42, "of the initial weights and the data order", (0, 2**53))
     # machine
     device: str = key("auto", "auto takes the best there is", choices=("auto", "cpu", "cuda", "mps"))
@@ -143,8 +145,8 @@ def run_config_file(path):
     except (Exception, SystemExit) as error:
         reason = str(error).strip().splitlines() or [""]
         raise UserError(f"config {path} does not run: {type(error).__name__}: {reason[0]}") from None
-    module = type(sys)
-    values = {name: value for name, value in values.items() if name[0] != "_" and not isinstance(value, module)}
+    helper = (type(sys), type, type(len), type(typed))  # modules, classes and functions that a config may import
+    values = {name: value for name, value in values.items() if name[0] != "_" and not isinstance(value, helper)}
     return typed_keys(values, f"in {path}")
 
 
@@ -239,8 +241,10 @@ def pick_device(name):
         name = next(name for name in available if available[name])
     if not available[name]:
         raise UserError(f"device={name} is not available here: use --device=cpu, or leave it auto")
-    if name == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
-        raise UserError(f"process {LOCAL_RANK} has no GPU: this node has {torch.cuda.device_count()}, start as many")
+    if name == "cuda" and LOCAL_WORLD > torch.cuda.device_count():
+        raise UserError(f"{LOCAL_WORLD} processes need as many GPUs, and this node has {torch.cuda.device_count()}")
+    if name == "mps" and WORLD > 1:
+        raise UserError("device=mps runs one process: start train.py with python, or use --device=cpu")
     return torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
 
 
@@ -262,8 +266,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
+    "H200": 989e12,  # GH200 too
     "A100": 312e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
@@ -386,7 +389,7 @@ def train_step(model, optimizer, batch, lr, config):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets, and stay so
     return mean_loss.item(), norm.item()
 
 
@@ -442,6 +445,8 @@ def open_data(config):
         raise UserError(f"{config.data} has no validation tokens to predict: prepare it with more --val_tokens")
     if meta is None:
         say(f"note: {config.data} has no meta.json, so bits per byte are not known")
+    elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":
+        say("note: eval_tokens covers a part of the validation split: bits per byte take its mean bytes a token")
     return corpus, validation, meta
 
 
@@ -501,9 +506,15 @@ def train(from_file, options):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        states = [None] * WORLD
+        dist.all_gather_object(states, (start, sorted(validated)))
+        if states != states[:1] * WORLD:
+            raise UserError(f"the processes see different runs in {out}: it must lie on a disk that all nodes share")
 
     # The model: training goes through `trained`, evaluation and checkpoints use the raw one
-    model = Llama(model_config, dtype, config.seed).to(device)
+    with torch.device(device):
+        model = Llama(model_config, dtype, config.seed)
+    model.to(device)  # the rotary table, which is made on the CPU
     optimizer = make_optimizer(model, config)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -516,14 +527,17 @@ def train(from_file, options):
         say("compiling: the first step takes longer")
     trained = model
     if WORLD > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled layer up; layers are small enough
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not in torch 2.11
         trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    # The batches: this process's rows of each, the next one read while a step runs
+    # The batches: this process's rows of each, the next one read while a step runs. Every process reads them all,
+    # so that a bad token stops all of them alike.
     sequences = config.tokens_per_step // config.seq_len
     rows = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
 
     def load_batch(step):
-        batch = torch.from_numpy(corpus.batch(config.seed, step, sequences, rows))
+        batch = torch.from_numpy(corpus.batch(config.seed, step, sequences)[rows])
         return batch.pin_memory() if device.type == "cuda" else batch
 
     batches = prefetched(load_batch, range(start, config.max_steps))
@@ -552,9 +566,9 @@ def train(from_file, options):
         if last:
             break
 
+        began = time.perf_counter()
         batch = next(batches).to(device, non_blocking=True)
         lr = learning_rate(config, step)
-        began = time.perf_counter()
         loss, grad_norm = train_step(trained, optimizer, batch, lr, config)
         recent.append(time.perf_counter() - began)
         seconds += recent[-1]
@@ -576,6 +590,8 @@ def train(from_file, options):
         elif step == start:
             recent.clear()  # the first step compiles, and would spoil the rate of those that follow
     say(f"finished in {format_seconds(seconds)} of training: {out}")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def main(argv):
@@ -585,16 +601,14 @@ def main(argv):
     try:
         train(*read_config(argv))
     except (UserError, OSError) as error:
-        if RANK:  # let the first process speak; torchrun then ends this one
+        if RANK:  # the first process speaks, and torchrun then ends this one; a node where it cannot speaks itself
             time.sleep(5)
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        if LOCAL_RANK == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         say("interrupted: --resume goes on from the last checkpoint")
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

@@ -106,15 +106,18 @@ def _forward(x, alpha_p, alpha_n, beta):
     positive = alpha_p * z * z + beta * z
     near = alpha_n * exp_remainder(z) + beta * z
     far = alpha_n * (torch.exp(z) - 1) - (alpha_n - beta) * z
-    return torch.where(z > 0, positive, torch.where(z > -CUT, near, far)).to(x.dtype)
+    y = torch.where(z > 0, positive, torch.where(z > -CUT, near, far))
+    # torch 2.11 loses the gradient of a compiled Function whose forward ends in a cast that changes nothing
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _backward(grad, x, alpha_p, alpha_n, beta):
     z, g = upcast(x), upcast(grad)
     slope_p, slope_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
-    expm1 = torch.exp(z) - 1  # the absolute error of an ulp of 1 vanishes beside β
+    near, far = exp_remainder(z), torch.exp(z) - 1
+    expm1 = torch.where(z > -CUT, near + z, far)
+    remainder = torch.where(z > -CUT, near, far - z)
     grad_x = g * torch.where(z > 0, 2 * slope_p * z + beta, slope_n * expm1 + beta)
-    remainder = torch.where(z > -CUT, exp_remainder(z), expm1 - z)
     grad_p = torch.where(z > 0, g * z * z, 0).sum() * torch.sigmoid(alpha_p)
     grad_n = torch.where(z > 0, 0, g * remainder).sum() * torch.sigmoid(alpha_n)
     return grad_x.to(x.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
@@ -152,13 +155,15 @@ def can_compile(device_type):
 def xielu_fused(x, alpha_p, alpha_n, beta=0.5):
     """The same function as `xielu_reference`, in one compiled pass each way; differentiable once.
 
-    Reads x and writes y forward, reads x and ∂L/∂y and writes ∂L/∂x backward (both alpha gradients are summed on
-    the way), so it runs at the speed of memory. Where nothing can be compiled it is the reference.
+    Reads x and writes y forward; reads x and ∂L/∂y and writes ∂L/∂x backward, both alpha gradients summed on the
+    way. Where nothing can be compiled it is the reference.
     """
-    compiling = torch.compiler.is_compiling()  # inside a compiled model this traces into the model's own graph
-    if not compiling and (x.is_meta or not can_compile(x.device.type)):
+    if torch.compiler.is_compiling():  # inside a compiled model, it becomes part of the model's own graph
+        return _FusedXIELU.apply(x, alpha_p, alpha_n, beta)
+    if x.is_meta or not can_compile(x.device.type):
         return xielu_reference(x, alpha_p, alpha_n, beta)
-    return _FusedXIELU.apply(x, alpha_p, alpha_n, beta)
+    # flat, so that one compilation serves all shapes
+    return _FusedXIELU.apply(x.reshape(-1), alpha_p, alpha_n, beta).view(x.shape)
 
 
 class XIELU(nn.Module):

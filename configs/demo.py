@@ -24,3 +24,5 @@ eval_every = 500
 eval_tokens = 200_000
 log_every = 50
 checkpoint_every = 250
+
+device = "cpu"  # at this size a GPU is no faster

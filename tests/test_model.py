@@ -160,8 +160,11 @@ def test_bf16_is_close_and_its_weights_stay_float32():
     assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in rounded.parameters())
 
 
-def test_loss_in_chunks_ignores_padding(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_loss_in_chunks_ignores_padding(monkeypatch, compiled):
     model = Llama(ModelConfig(**TINY), seed=0)
+    if compiled:
+        model.compile_parts()
     targets = tokens(seed=1)
     targets[1, 5:] = IGNORE
     results = []
