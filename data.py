@@ -94,6 +94,7 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        str(meta["tokenizer"])
         numbers = [meta["vocab_size"], *(meta["splits"][s][n] for s in ("train", "val") for n in ("tokens", "bytes"))]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"counts {numbers}")
