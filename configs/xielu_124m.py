@@ -1,4 +1,4 @@
-"""GPT-2's size on 2.5 billion tokens of FineWeb-Edu, for one GPU with bf16. Its data (10 GB to download, 5 GB on disk):
+"""GPT-2's size on 2.5 billion tokens of FineWeb-Edu, for one GPU with bf16. Its data (5 GB of shards):
 
 python prepare_data.py fineweb-edu --tokenizer=gpt2 --tokens=2.6e9 --val_tokens=1e7 --out=data/fineweb-edu-gpt2
 """
