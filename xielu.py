@@ -147,7 +147,7 @@ def can_compile(device_type):
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device_type))
         return True
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"torch.compile does not work on {device_type} here, running uncompiled ({reason})", stacklevel=2)
         return False
 

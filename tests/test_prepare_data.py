@@ -136,7 +136,7 @@ def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tokenizer, monkeypat
         encoding = get_tokenizer(tokenizer)
     except UserError:
         pytest.skip(f"no {tokenizer} tokenizer here: set TIKTOKEN_CACHE_DIR")
-    monkeypatch.setattr(prepare_data, "PIECE", 50)
+    monkeypatch.setattr(prepare_data, "PIECE", 200)
     random.seed(1)
     parts = [
         "word",
@@ -159,10 +159,16 @@ def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tokenizer, monkeypat
     parts += ["\u00a0", "\x1c", "\u2028", "🙂", "漢字"]
     text = "".join(random.choice(parts) for _ in range(20_000)) + Path(__file__).read_text()
     pieces = list(prepare_data.document(text, 0))
-    assert len(pieces) > 300 and "".join(piece.text for piece in pieces) == text
+    assert len(pieces) > 100 and "".join(piece.text for piece in pieces) == text
     assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     joined = [token for piece in pieces for token in encoding.encode(piece.text, disallowed_special=())]
     assert joined == encoding.encode(text, disallowed_special=())
+
+
+def test_a_text_without_a_place_to_cut_is_cut_anyway(monkeypatch):
+    monkeypatch.setattr(prepare_data, "PIECE", 10)
+    pieces = [piece.text for piece in prepare_data.document("x" * 1005, 0)]
+    assert "".join(pieces) == "x" * 1005 and max(map(len, pieces)) == 80
 
 
 def test_wide_tokens(tmp_path):
