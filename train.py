@@ -590,8 +590,6 @@ def train(from_file, options):
         elif step == start:
             recent.clear()  # the first step compiles, and would spoil the rate of those that follow
     say(f"finished in {format_seconds(seconds)} of training: {out}")
-    if WORLD > 1:
-        dist.destroy_process_group()
 
 
 def main(argv):
@@ -613,4 +611,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if WORLD > 1:
+        # End without taking the process group apart: its destructor joins gloo's thread while holding Python's
+        # global lock, and that thread may be waiting for the lock
+        os._exit(status)
+    sys.exit(status)
