@@ -13,6 +13,7 @@ import importlib.resources
 import json
 import math
 import re
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Shard:
+    """One file of `tokens` tokens."""
+
     path: Path
     dtype: np.dtype
     tokens: int
@@ -197,16 +200,16 @@ class Corpus:
         return np.stack([self.sequence(number) for number in numbers])
 
 
-def prefetched(function, arguments):
-    """function(argument) for each argument in turn, the next one computed in a thread while one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for argument in arguments:
-            ready, waiting = waiting, pool.submit(function, argument)
-            if ready is not None:
-                yield ready.result()
-        if waiting is not None:
-            yield waiting.result()
+def prefetched(function, items, workers=1):
+    """function(item) for each item, in order, computed in threads at most two items a thread ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):

@@ -19,15 +19,13 @@ import platform
 import re
 import sys
 import sysconfig
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from data import HEADER_BYTES, UserError, get_tokenizer, read_meta, shard_header, token_dtype
+from data import HEADER_BYTES, UserError, get_tokenizer, prefetched, read_meta, shard_header, token_dtype
 
 PIECE = 2**20  # characters of text that are tokenised at once
 DEFAULT_VAL_TOKENS = 1_000_000
@@ -238,18 +236,6 @@ def encode(encoding, batch):
     return np.concatenate(tokens), sum(piece.size for piece in batch)
 
 
-def in_order(function, items, workers):
-    """function(item) for each item, in order, computed in threads no more than a few items ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 class Stream:
     """Arrays of tokens, to be taken in exact amounts."""
 
@@ -415,7 +401,7 @@ def prepare(args):
 
     def tokens():
         with tqdm(total=args.tokens or size, unit="tok" if args.tokens else "B", unit_scale=True) as bar:
-            for array, taken in in_order(lambda batch: encode(encoding, batch), batches(pieces), args.workers):
+            for array, taken in prefetched(lambda batch: encode(encoding, batch), batches(pieces), args.workers):
                 bar.update(len(array) if args.tokens else taken)
                 yield array
 

@@ -615,5 +615,6 @@ if __name__ == "__main__":
     if WORLD > 1:
         # End without taking the process group apart: its destructor joins gloo's thread while holding Python's
         # global lock, and that thread may be waiting for the lock
+        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

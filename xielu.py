@@ -60,11 +60,12 @@ def effective_alphas(alpha_p, alpha_n, beta):
     return F.softplus(alpha_p).reshape(()), beta + F.softplus(alpha_n).reshape(())
 
 
-def raw_alpha(effective, bound=0.0):
-    """The raw scalar whose bound + softplus(raw) is `effective`: ln(e^(effective − bound) − 1)."""
+def trained_scalar(effective, bound=0.0):
+    """The raw parameter, float32 of shape (1,), with bound + softplus(raw) = effective: ln(e^(effective − bound) − 1).
+    ValueError if no raw value gives that."""
     if effective <= bound:
         raise ValueError(f"an effective alpha of {effective} is out of reach: it must be above {bound}")
-    return math.log(math.expm1(effective - bound))
+    return nn.Parameter(torch.tensor([math.log(math.expm1(effective - bound))], dtype=torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -175,8 +176,8 @@ class XIELU(nn.Module):
     def __init__(self, alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5):
         super().__init__()
         self.beta = beta
-        self.alpha_p = nn.Parameter(torch.full((1,), raw_alpha(alpha_p_init), dtype=torch.float32))
-        self.alpha_n = nn.Parameter(torch.full((1,), raw_alpha(alpha_n_init, bound=beta), dtype=torch.float32))
+        self.alpha_p = trained_scalar(alpha_p_init)
+        self.alpha_n = trained_scalar(alpha_n_init, bound=beta)
 
     def forward(self, x):
         return xielu_fused(x, self.alpha_p, self.alpha_n, self.beta)
@@ -214,8 +215,8 @@ class XIPReLU(nn.Module):
     def __init__(self, alpha_p_init=0.8, alpha_n_init=0.8, beta=0.5):
         super().__init__()
         self.beta = beta
-        self.alpha_p = nn.Parameter(torch.full((1,), raw_alpha(alpha_p_init), dtype=torch.float32))
-        self.alpha_n = nn.Parameter(torch.full((1,), raw_alpha(alpha_n_init), dtype=torch.float32))
+        self.alpha_p = trained_scalar(alpha_p_init)
+        self.alpha_n = trained_scalar(alpha_n_init)
 
     def forward(self, x):
         return xiprelu(x, self.alpha_p, self.alpha_n, self.beta)
@@ -230,7 +231,7 @@ class XIEP(XIELU):
 
     def __init__(self, alpha_p_init=0.8, alpha_p3_init=0.4, alpha_n_init=0.8, beta=0.5):
         super().__init__(alpha_p_init, alpha_n_init, beta)
-        self.alpha_p3 = nn.Parameter(torch.full((1,), raw_alpha(alpha_p3_init), dtype=torch.float32))
+        self.alpha_p3 = trained_scalar(alpha_p3_init)
 
     def forward(self, x):
         return xiep(x, self.alpha_p, self.alpha_p3, self.alpha_n, self.beta)

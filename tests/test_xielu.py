@@ -158,7 +158,7 @@ def test_any_shape(version, shape):
     assert torch.equal(y, scalar)
 
 
-def both(x, **context):
+def both(x):
     """Outputs and gradients of the two versions on one input."""
     results = []
     for version in VERSIONS.values():
