@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from activations import get_activation
 from xielu import upcast
@@ -26,6 +26,10 @@ IGNORE = -1
 # The loss sees at most this many logits at a time (1 GB in float32): at 20480 tokens × 147456 words, all of
 # them at once would be 12 GB, and their gradient as much again.
 LOGITS_AT_ONCE = 2**28
+
+# Up to this length, bf16 attention on a CPU is two plain matmuls around a softmax: the backward of PyTorch's fused
+# kernel is slower there than what it saves. In float32, and beyond, the fused one wins.
+PLAIN_ATTENTION = 256
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,15 @@ def apply_rope(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def plain_attention(q, k, v):
+    """Causal attention of q (B, heads, T, D) over k, v (B, kv heads, T, D), written out; softmax in float32."""
+    groups, T = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = upcast(q @ k.mT) / math.sqrt(q.shape[-1])  # (B, heads, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
     """Causal self-attention; n_kv_heads < n_heads shares each key and value among several queries (GQA)."""
 
@@ -130,7 +143,10 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and T <= PLAIN_ATTENTION:
+            y = plain_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -218,14 +234,15 @@ class Llama(nn.Module):
 
     def loss(self, x, targets, reduction):
         """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
-        reduction "mean" (nats a token) or "sum". Chunk by chunk, recomputing each chunk's logits for its gradient."""
+        reduction "mean" (nats a token) or "sum". Never more than LOGITS_AT_ONCE logits at a time."""
         x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= rows:
             total = self.chunk_loss(x, weight, targets)
+        elif torch.is_grad_enabled():
+            total = _ChunkedLoss.apply(x, weight, targets, rows, self.chunk_loss)
         else:
-            chunks = zip(x.split(rows), targets.split(rows))
-            total = sum(checkpoint(self.chunk_loss, h, weight, t, use_reentrant=False) for h, t in chunks)
+            total = sum(self.chunk_loss(h, weight, t) for h, t in zip(x.split(rows), targets.split(rows)))
         return total / (targets != IGNORE).sum() if reduction == "mean" else total
 
     def compile_parts(self):
@@ -260,3 +277,29 @@ def chunk_loss(x, weight, targets):
     weight is cast here, so that the chunks' gradients of it are added up in float32."""
     logits = F.linear(x, weight.to(x.dtype))
     return F.cross_entropy(upcast(logits), targets, ignore_index=IGNORE, reduction="sum")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The sum of chunk_loss over chunks of some rows. Each chunk's gradient is taken on the spot, while its logits
+    are there, so that they are neither kept for the backward pass nor computed twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows, chunk_loss):
+        weight = weight.detach().requires_grad_()
+        total, grad_x, grad_weight = 0, [], torch.zeros_like(weight)
+        for h, t in zip(x.detach().split(rows), targets.split(rows)):
+            h.requires_grad_()
+            with torch.enable_grad():
+                loss = chunk_loss(h, weight, t)
+            grad_h, grad_w = torch.autograd.grad(loss, (h, weight))
+            total += loss.detach()
+            grad_x.append(grad_h)
+            grad_weight += grad_w
+        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None, None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import IGNORE, Llama, ModelConfig, apply_rope, rope_table
+from model import IGNORE, Llama, ModelConfig, apply_rope, plain_attention, rope_table
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=48, vocab_size=31, seq_len=16)
 PAPER = {
@@ -178,6 +178,47 @@ def test_loss_in_chunks_ignores_padding(monkeypatch, compiled):
         results.append([mean.detach(), *(weight.grad.clone() for weight in model.parameters())])
     for whole, chunked in zip(*results):
         torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_chunks_holds_a_chunk_of_logits(monkeypatch, dtype):
+    config = ModelConfig(**TINY | dict(vocab_size=4096, seq_len=64))
+    model = Llama(config, dtype)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 4096 * 8)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x)
+    with hooks:
+        loss = model(tokens(4, 64), tokens(4, 64, seed=1))
+    assert max(kept) <= 4096 * 32  # the weight and its gradient, not 256 rows of logits
+    whole = Llama(config, dtype)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 2**28)
+    expected = whole(tokens(4, 64), tokens(4, 64, seed=1))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    for name, weight in model.named_parameters():
+        error = (weight.grad - whole.get_parameter(name).grad).norm() / weight.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2), name
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_plain_attention_equals_the_fused_one(kv_heads):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 24, 8), torch.randn(2, kv_heads, 24, 8), torch.randn(2, kv_heads, 24, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(plain_attention(q, k, v), expected)
+    rounded = plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, rtol=0, atol=0.04)
+
+
+def test_bf16_attention_on_a_cpu_is_the_same_at_both_sides_of_the_switch(monkeypatch):
+    model = Llama(ModelConfig(**TINY), torch.bfloat16)
+    losses = []
+    for limit in (0, 256):
+        monkeypatch.setattr(model_module, "PLAIN_ATTENTION", limit)
+        losses.append(model(tokens(), tokens(seed=1)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_tied_and_untied():
