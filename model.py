@@ -125,13 +125,20 @@ def plain_attention(q, k, v):
     return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
+def causal_attention(q, k, v):
+    """The same by whichever kernel is faster here."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_ATTENTION:
+        return plain_attention(q, k, v)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
     """Causal self-attention; n_kv_heads < n_heads shares each key and value among several queries (GQA)."""
 
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
         self.q_proj = Linear(config.dim, config.n_heads * self.head_dim)
         self.k_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.v_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
@@ -143,10 +150,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and T <= PLAIN_ATTENTION:
-            y = plain_attention(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        y = causal_attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
