@@ -10,6 +10,7 @@ bf16 runs), while norms, rotary angles and the loss are computed in float32.
 
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from activations import get_activation
 from xielu import upcast
+
+# Large tensors on a CPU in huge pages (Linux): an elementwise pass over fresh memory spends half its time on page
+# faults otherwise. PyTorch looks at this once, before its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Targets of this value are ignored: they pad the last validation batch.
 IGNORE = -1
@@ -30,12 +35,14 @@ LOGITS_AT_ONCE = 2**28
 # Up to this length, bf16 attention on a CPU is two plain matmuls around a softmax: the backward of PyTorch's fused
 # kernel is slower there than what it saves. In float32, and beyond, the fused one wins.
 PLAIN_ATTENTION = 256
+FUTURE = torch.full((PLAIN_ATTENTION, PLAIN_ATTENTION), -math.inf).triu(1)  # added to the scores of what is to come
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the model. ffn_dim is the width of an ungated MLP; a gated one gets two thirds of it, so that its
-    three matrices hold as many parameters, and cost as many FLOPs, as the ungated one's two."""
+    three matrices hold as many parameters, and cost as many FLOPs, as the ungated one's two. activation_memory
+    "inverted" has xielu keep its output for the backward pass, instead of its input."""
 
     dim: int = 384
     n_layers: int = 6
@@ -44,6 +51,7 @@ class ModelConfig:
     ffn_dim: int = 1536
     vocab_size: int = 257
     activation: str = "xielu"
+    activation_memory: str = "standard"
     seq_len: int = 256
     rope_theta: float = 500000.0
     norm_eps: float = 1e-6
@@ -58,6 +66,10 @@ class ModelConfig:
             raise ValueError(f"dim={self.dim} over n_heads={self.n_heads} must give an even number for each head")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}")
+        if self.activation_memory not in ("standard", "inverted"):
+            raise ValueError(f"activation_memory must be standard or inverted, not {self.activation_memory!r}")
+        if self.activation_memory == "inverted" and self.activation != "xielu":
+            raise ValueError(f"activation_memory='inverted' is for activation xielu alone, not {self.activation!r}")
         if self.gated and self.ffn_dim % 3:
             below = self.ffn_dim - self.ffn_dim % 3
             nearest = f"{below} or {below + 3}" if below else "3"
@@ -117,12 +129,12 @@ def apply_rope(x, cos, sin):
 
 
 def plain_attention(q, k, v):
-    """Causal attention of q (B, heads, T, D) over k, v (B, kv heads, T, D), written out; softmax in float32."""
+    """Causal attention of q (B, heads, T, D) over k, v (B, kv heads, T, D), written out; softmax in float32. On the
+    CPU, for T ≤ PLAIN_ATTENTION."""
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = upcast(q @ k.mT) / math.sqrt(q.shape[-1])  # (B, heads, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+    scores = upcast(q @ k.mT) / math.sqrt(q.shape[-1]) + FUTURE[:T, :T]  # (B, heads, T, T)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def causal_attention(q, k, v):
@@ -162,7 +174,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.dim, config.mlp_dim)
         self.gate_proj = Linear(config.dim, config.mlp_dim) if config.gated else None
         self.down_proj = Linear(config.mlp_dim, config.dim)
-        self.act_fn = get_activation(config.activation).module()
+        options = {"memory": "inverted"} if config.activation_memory == "inverted" else {}
+        self.act_fn = get_activation(config.activation).module(**options)
 
     def forward(self, x):
         if self.gate_proj is None:

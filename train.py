@@ -40,10 +40,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-# Large tensors on a CPU in huge pages (Linux), read at the first allocation: an elementwise pass over fresh memory
-# spends half its time on page faults otherwise
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 # ---------------------------------------------------------------------------------------------------------------
 # Config
 
@@ -63,6 +59,11 @@ class Config:
 
     # model
     activation: str = key(ModelConfig.activation, "a name from activations.py")
+    activation_memory: str = key(
+        ModelConfig.activation_memory,
+        "inverted: xielu keeps its output for the backward pass, which the next layer keeps anyway, not its input",
+        choices=("standard", "inverted"),
+    )
     dim: int = key(ModelConfig.dim, "width of the residual stream", COUNT)
     n_layers: int = key(ModelConfig.n_layers, "number of blocks", COUNT)
     n_heads: int = key(ModelConfig.n_heads, "attention heads", COUNT)
@@ -103,8 +104,10 @@ class Config:
     resume: bool = key(False, "continue the run in `out`, from scratch if it has no checkpoint")
 
 
-# What --resume may not change: another model, or another sequence of batches, is another run.
-FIXED = [item.name for item in fields(ModelConfig)] + ["data", "seed", "tokens_per_step"]
+# What --resume may not change: another model, or another sequence of batches, is another run. (The activation's
+# memory is how the same model is computed.)
+FIXED = [item.name for item in fields(ModelConfig) if item.name != "activation_memory"]
+FIXED += ["data", "seed", "tokens_per_step"]
 
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
@@ -276,6 +279,13 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+
+def be_deterministic(device):
+    """On a CPU: the same losses, bit for bit, every time. Compiled code does not give that by itself."""
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def device_name(device):
@@ -503,9 +513,7 @@ def train(from_file, options):
     if device.type == "cpu" and sizes.num_parameters() > 2e8:
         say("note: no GPU is used, and a model of this size wants several")
     corpus, validation, meta = open_data(config)
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)  # compiled code is not, by itself
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    be_deterministic(device)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)

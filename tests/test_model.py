@@ -62,6 +62,18 @@ def test_impossible_sizes(bad):
         ModelConfig(**TINY | bad)
 
 
+def test_activation_memory():
+    for memory in ("standard", "inverted"):
+        model = Llama(ModelConfig(**TINY, activation_memory=memory))
+        assert all(layer.mlp.act_fn.memory == memory for layer in model.layers)
+    with pytest.raises(ValueError, match="must be standard or inverted, not 'none'"):
+        ModelConfig(**TINY, activation_memory="none")
+    for name in ("relu2", "xiep", "swiglu"):
+        with pytest.raises(ValueError, match=f"for activation xielu alone, not '{name}'"):
+            ModelConfig(**TINY, activation=name, activation_memory="inverted")
+    assert ModelConfig(**TINY, activation="relu2").activation_memory == "standard"
+
+
 def test_initialisation():
     config = ModelConfig(**TINY | dict(dim=256, ffn_dim=768, vocab_size=500), tie_embeddings=False)
     model = Llama(config, seed=1)

@@ -168,6 +168,11 @@ def test_no_config():
         (dict(tokens_per_step=1000), "nearest tokens_per_step is 768 or 1024$"),
         (dict(tokens_per_step=384), "micro_batch_size may be 1, 2, 3, 6$"),
         (dict(activation="relu3"), "unknown activation 'relu3'"),
+        (
+            dict(activation="relu2", activation_memory="inverted"),
+            "inverted' is for activation xielu alone, not 'relu2'",
+        ),
+        (dict(activation_memory="none"), "activation_memory must be one of standard, inverted"),
         (dict(activation="swiglu", ffn_dim=50), "nearest that does is 48 or 51"),
         (dict(warmup_steps=10), "warmup_steps=10 and decay_steps=4 do not fit into max_steps=12"),
         (dict(n_heads=3), "n_heads=3"),
@@ -390,6 +395,24 @@ def test_resume_may_change_schedule_logging_and_micro_batches(config, tmp_path):
     changed = read_config([str(config), "--max_steps=16"])
     expected = learning_rate(train.replace(changed[0], lr=0.002, max_steps=16), 13)
     assert [record["lr"] for record in log(out) if record["step"] == 14] == [expected]
+
+
+def test_resume_may_change_the_memory_of_the_activation(config, tmp_path):
+    out, other = tmp_path / "out" / "tiny", tmp_path / "other"
+    options = ["--eval_tokens=1024", "--eval_every=12"]  # batches of one shape, one compilation
+    run(config, "--max_steps=8", *options)
+    checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
+    for saved in ("config", "from_file"):  # as in a checkpoint from before the key
+        del checkpoint[saved]["activation_memory"]
+    torch.save(checkpoint, out / "ckpt.pt")
+    shutil.copytree(out, other)
+    run(config, "--resume", "--max_steps=12", *options)
+    run(config, "--resume", "--max_steps=12", *options, f"--out={other}", "--activation_memory=inverted")
+    for folder, memory in ((out, "standard"), (other, "inverted")):
+        assert json.loads((folder / "config.json").read_text())["config"]["activation_memory"] == memory
+    assert log(out)[-1]["step"] == 12
+    for standard, inverted in zip(log(out), log(other), strict=True):
+        assert inverted["loss"] == pytest.approx(standard["loss"], rel=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one(config, tmp_path):

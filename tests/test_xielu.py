@@ -9,9 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from xielu import XIELU, XIEP, XIPReLU, xielu_fused, xielu_reference, xiep, xiprelu
+from model import MLP, ModelConfig
+from xielu import (
+    XIELU,
+    XIEP,
+    XIPReLU,
+    pack,
+    trained_scalar,
+    unpack,
+    xielu_fused,
+    xielu_inverted,
+    xielu_reference,
+    xiep,
+    xiprelu,
+)
 
 VERSIONS = {"reference": xielu_reference, "fused": xielu_fused}
+ALL_VERSIONS = VERSIONS | {"inverted": xielu_inverted}  # the inverted one's gradients are not as exact: see below
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
@@ -103,20 +117,20 @@ def test_large_sums_of_alpha_gradients(version):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ALL_VERSIONS)
 def test_exact_at_zero(version, dtype):
     act = XIELU()
     x = torch.zeros(5, dtype=dtype, requires_grad=True)
-    y = VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
     y.sum().backward()
     assert (y == 0).all() and (x.grad == 0.5).all()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ALL_VERSIONS)
 def test_gradcheck(version):
     x = torch.tensor([-30.0, -3.0, -0.51, -0.3, -1e-3, 1e-3, 0.4, 5.0], dtype=torch.float64, requires_grad=True)
     alphas = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (0.2, -1.0)]
-    assert torch.autograd.gradcheck(VERSIONS[version], (x, *alphas))
+    assert torch.autograd.gradcheck(ALL_VERSIONS[version], (x, *alphas))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -130,31 +144,31 @@ def test_float64_is_computed_in_float64(version):
     close(x.grad.numpy(), grad_x, grad_scale, 1e-15)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ALL_VERSIONS)
 def test_not_finite_and_extreme_inputs(version):
     act = XIELU(alpha_n_init=1.2)
     top = torch.finfo(torch.float32).max
     x = torch.tensor([math.nan, math.inf, -math.inf, -top, 1.9e19, -1e30], requires_grad=True)
-    y = VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
     assert y[0].isnan() and y[1] == y[2] == math.inf
     assert y[3:].isfinite().all()
     assert y[3].item() == pytest.approx(0.7 * top, rel=1e-6)
     assert y[4].item() == pytest.approx(0.8 * 1.9e19**2, rel=1e-5)
     finite = torch.tensor([-top, 1.9e19, -1e30, 0.0], requires_grad=True)
-    y = VERSIONS[version](finite, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](finite, act.alpha_p, act.alpha_n, 0.5)
     y.backward(torch.tensor([0.0, 0.0, 1.0, 1.0]))
     assert finite.grad.isfinite().all() and act.alpha_p.grad.isfinite() and act.alpha_n.grad.isfinite()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2, 3, 5)])
+@pytest.mark.parametrize("version", ALL_VERSIONS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2, 3, 5), (2, 8)])
 def test_any_shape(version, shape):
     act = XIELU()
     x = torch.randn(shape, requires_grad=True)
-    y = VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
     y.sum().backward()
     assert y.shape == x.grad.shape == shape and act.alpha_p.grad.shape == (1,)
-    scalar = VERSIONS[version](x, act.alpha_p[0], act.alpha_n[0], 0.5)
+    scalar = ALL_VERSIONS[version](x, act.alpha_p[0], act.alpha_n[0], 0.5)
     assert torch.equal(y, scalar)
 
 
@@ -219,6 +233,130 @@ def test_falls_back_with_one_warning_where_nothing_compiles(tmp_path):
     assert result.stdout.strip() == "1", result.stderr
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Inverted: x from y
+
+
+def inverted(x, alpha_p, alpha_n):
+    """Its output, input gradient and alpha gradients for ∂L/∂y = 1 and *effective* alphas, with the closed form's
+    and the place of the minimum: two tuples of float64, and x*."""
+    raw = [trained_scalar(alpha_p), trained_scalar(alpha_n, bound=0.5)]
+    raw = [scalar.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for scalar in raw]
+    leaf = x.detach().clone().requires_grad_()
+    y = xielu_inverted(leaf, *raw)
+    y.sum().backward()
+    assert y.dtype == leaf.grad.dtype == x.dtype
+    actual = (y.detach().double().numpy(), leaf.grad.double().numpy(), raw[0].grad.item(), raw[1].grad.item())
+    with np.errstate(over="ignore"):
+        expected = closed_form(x.double().numpy(), np.ones(len(x)), raw[0].item(), raw[1].item())
+    return actual, expected, math.log((alpha_n - 0.5) / alpha_n)
+
+
+@pytest.mark.parametrize("alpha_p", [0.01, 0.8, 10.0])
+@pytest.mark.parametrize("alpha_n", [0.51, 0.6, 0.8, 1.0, 1.27, 1.5, 2.5, 5.0, 10.0])
+def test_inverted_in_float32(alpha_p, alpha_n):
+    lowest = math.log((alpha_n - 0.5) / alpha_n)
+    near_zero = torch.cat([inputs("tiny"), torch.linspace(-0.01, 0.01, 2001)])
+    near_minimum = lowest + torch.cat([torch.linspace(-width, width, 4001) for width in (1.0, 0.05, 1e-3)])
+    x = torch.cat([torch.linspace(-20, 20, 20_001), near_zero, near_minimum])
+    actual, expected, _ = inverted(x, alpha_p, alpha_n)
+    error = np.abs(actual[1] - expected[1])
+    assert error.max() < 5e-4
+    assert error[np.abs(x.numpy() - lowest) > 0.3].max() < 1e-4  # where f is not flat
+    assert actual[2:] == pytest.approx(expected[2:4], rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha_n", [0.51, 0.8, 1.3, 10.0])
+def test_inverted_in_float64(alpha_n):
+    lowest = math.log((alpha_n - 0.5) / alpha_n)
+    x = torch.linspace(-20, 20, 20_001, dtype=torch.float64)
+    x = torch.cat([x, lowest + torch.linspace(-0.1, 0.1, 2001, dtype=torch.float64)])
+    actual, expected, _ = inverted(x, 0.8, alpha_n)
+    error = np.abs(actual[1] - expected[1])
+    assert error.max() < 3e-8 and error[np.abs(x.numpy() - lowest) > 0.3].max() < 1e-12
+    assert actual[2:] == pytest.approx(expected[2:4], rel=1e-11)
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.8), (0.01, 0.51), (10.0, 10.0), (0.3, 1.5), (0.8, 50.0)])
+def test_inverted_on_every_bf16(alphas):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    actual, _, _ = inverted(x, *alphas)
+    assert not np.isnan(actual[1]).any() and not np.isnan(actual[2:]).any()
+    # rounding y by δ moves the gradient by at most √(2·αn·δ), or for x > 0 by 2⁻⁹ of it; then it is rounded itself
+    x = x[x.abs() < 1e18]  # beyond, y is infinite
+    (y, grad, *_), (exact_y, exact_grad, *_), _ = inverted(x, *alphas)
+    forced = np.where(x > 0, 2**-9 * np.abs(exact_grad), np.sqrt(2 * alphas[1] * np.abs(y - exact_y)))
+    close(grad, exact_grad, forced + 2**-8 * np.abs(exact_grad) + 5e-4, 1.0)
+
+
+def test_inverted_where_alpha_n_has_sunk_to_beta():
+    x = torch.linspace(-30, 3, 1001, requires_grad=True)
+    alphas = [torch.tensor([value], requires_grad=True) for value in (0.2, -40.0)]
+    xielu_inverted(x, *alphas).sum().backward()
+    expected = closed_form(x.detach().double().numpy(), np.ones(1001), 0.2, -40.0)
+    np.testing.assert_allclose(x.grad.numpy(), expected[1], atol=1e-4)
+    assert alphas[0].grad.isfinite() and alphas[1].grad.isfinite()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 1000, 1001])
+def test_bits(n):
+    bits = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5
+    packed = pack(bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (math.ceil(n / 8),)
+    assert torch.equal(unpack(packed, n), bits)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inverted_keeps_one_wide_tensor_less(dtype, compiled):
+    x = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
+    wide = x.numel() // 64 * 256
+    kept, results, states = {}, {}, {}
+    for memory in ("standard", "inverted"):
+        mlp = MLP(ModelConfig(dim=64, n_heads=4, n_kv_heads=4, ffn_dim=256, activation_memory=memory))
+        generator = torch.Generator().manual_seed(5)
+        for layer in (mlp.up_proj, mlp.down_proj):
+            torch.nn.init.normal_(layer.weight, std=0.1, generator=generator)
+        states[memory] = mlp.state_dict()
+        weights = {parameter.data_ptr() for parameter in mlp.parameters()}
+        if compiled:
+            mlp.compile()
+        storages = {}
+
+        def keep(tensor, storages=storages, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = mlp(leaf)
+        kept[memory] = sum(storages.values())
+        y.sum().backward()
+        results[memory] = [y.detach(), leaf.grad, *(parameter.grad for parameter in mlp.parameters())]
+    assert kept["standard"] - kept["inverted"] == wide * dtype.itemsize - wide // 8
+    assert states["standard"].keys() == states["inverted"].keys()
+    assert all(torch.equal(states["standard"][name], states["inverted"][name]) for name in states["standard"])
+    for standard, inverse in zip(results["standard"], results["inverted"]):
+        scale = standard.abs().max()
+        torch.testing.assert_close(
+            inverse / scale, standard / scale, rtol=0, atol=1e-4 if dtype.itemsize == 4 else 0.02
+        )
+
+
+def test_inverted_inside_a_compiled_model_and_on_meta():
+    act = XIELU(memory="inverted")
+    x = torch.randn(3, 21, requires_grad=True)
+    act(x).sum().backward()
+    eager = x.grad.clone()
+    x.grad = None
+    torch.compile(act, fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(x.grad, eager, rtol=0, atol=5e-4)
+    assert xielu_inverted(torch.empty(2, 3, device="meta"), *(torch.empty(1, device="meta") for _ in "pn")).is_meta
+
+
 def test_module():
     act = XIELU()
     assert act.alpha_p.shape == act.alpha_n.shape == (1,) and act.alpha_p.dtype == torch.float32
@@ -228,6 +366,7 @@ def test_module():
     assert list(act.state_dict()) == ["alpha_p", "alpha_n"]
     with pytest.raises(ValueError, match="above 0.5"):
         XIELU(alpha_n_init=0.5)
+    assert list(XIELU(memory="inverted").state_dict()) == ["alpha_p", "alpha_n"]
 
 
 def test_minimum_of_the_function():

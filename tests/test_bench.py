@@ -1,0 +1,104 @@
+"""tools/bench.py: what it counts is right, what it times is there. No speed is asserted."""
+
+import json
+
+import pytest
+import torch
+
+from model import Block, ModelConfig, rope_table
+from tools import bench
+
+MODEL = "--dim=32 --n_layers=2 --n_heads=2 --n_kv_heads=2 --ffn_dim=48 --vocab_size=64 --seq_len=32".split()
+RUN = "--tokens_per_step=128 --micro_batch_size=2 --data=nowhere --compile=False".split()
+
+
+def run(tmp_path, *argv):
+    """The figures of a bench that must succeed."""
+    path = tmp_path / "deep" / "figures.json"
+    assert bench.main([*argv, f"--json={path}"]) == 0
+    return json.loads(path.read_text())
+
+
+def test_plan_of_the_paper(tmp_path, capsys):
+    plan = run(tmp_path, "plan", "configs/xielu_1b.py", "--gpus=8", "--mfu=0.4")
+    assert plan["parameters"] == 1_132_537_392
+    assert plan["memory_bytes"]["weights (float32)"] == 4 * 1_132_537_392
+    assert plan["memory_bytes"]["optimizer (two float32 moments)"] == 8 * 1_132_537_392
+    # 70000 steps of 1,802,240 tokens at 8.6 GFLOP on 8 × 40 % of 989 TFLOP/s
+    assert plan["hours"] == pytest.approx(70000 * 1802240 * plan["flops_per_token"] / (8 * 0.4 * 989e12) / 3600)
+    assert plan["hours"] == pytest.approx(95, abs=1)
+    assert sum(plan["memory_bytes"].values()) < 80e9
+    assert "in all" in capsys.readouterr().out
+    twice = run(tmp_path, "plan", "configs/xielu_1b.py", "--gpus=88", "--mfu=0.4")
+    assert twice["hours"] == pytest.approx(plan["hours"] / 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation, kv_heads", [("xielu", 4), ("xielu", 2), ("relu2", 4), ("swiglu", 4)])
+def test_plan_counts_what_a_compiled_layer_keeps(activation, kv_heads, dtype):
+    """Against autograd's own count, at a length where the CPU's attention keeps what a GPU's does."""
+    sizes = dict(dim=64, n_heads=4, n_kv_heads=kv_heads, ffn_dim=384, seq_len=512)
+    config = ModelConfig(**sizes, activation=activation)
+    block = Block(config)
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else None
+    block.compile(dynamic=False)
+    x = torch.randn(2, 512, 64).to(dtype).requires_grad_()
+    kept, _ = bench.bytes_kept(block, [x, *rope_table(512, 16, 5e5)])
+    weights = sum(weight.numel() for weight in block.parameters()) * (4 + (2 if dtype == torch.bfloat16 else 0))
+    tables = 2 * 512 * 8 * 4
+    assert (kept - weights - tables) / (2 * 512) == pytest.approx(bench.kept_per_token(config, dtype.itemsize), rel=0.1)
+
+
+def test_bytes_kept_counts_each_memory_once():
+    x = torch.randn(8, 8, requires_grad=True)
+    kept, y = bench.bytes_kept(lambda x: x.exp() * x.view(-1).view(8, 8), [x])
+    assert kept == 2 * 64 * 4  # x once, and exp(x)
+
+
+def test_kernel(tmp_path, capsys):
+    result = run(tmp_path, "kernel", "--device=cpu", "--tokens=8", "--rounds=1")
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        rows = result["dtypes"][dtype]["activations"]
+        assert set(rows) >= {"xielu reference, eager", "xielu fused", "relu2, compiled", "swiglu, compiled"}
+        assert all(row["forward_ms"] > 0 for row in rows.values())
+        # fused keeps its input alone, and so does relu²; the reference more
+        assert rows["xielu fused"]["bytes_kept_per_element"] == pytest.approx(itemsize, abs=0.01)
+        assert rows["relu2, compiled"]["bytes_kept_per_element"] == pytest.approx(itemsize, abs=0.01)
+        assert rows["xielu reference, eager"]["bytes_kept_per_element"] > 4 * itemsize
+    assert result["about"]["torch"] == str(torch.__version__)
+    assert "fused / relu2" in capsys.readouterr().out
+
+
+def test_step(tmp_path, capsys):
+    result = run(tmp_path, "step", "configs/demo.py", *MODEL, *RUN, "--activation=xielu,swiglu", "--rounds=1")
+    assert set(result["activations"]) == {"xielu", "swiglu"}
+    for row in result["activations"].values():
+        assert row["tokens_per_s"] == pytest.approx(128 / row["step_s"])
+        assert row["mfu"] is None
+        parts = {"attention", "activation", "norm and rope", "matmul", "loss", "optimizer", "rest"}
+        assert set(row["parts_s"]) == parts
+        assert sum(row["parts_s"].values()) == pytest.approx(row["step_s"])
+    assert result["tokens_per_s_over_first"]["xielu"] == 1
+    assert "tokens per second over those of xielu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "kernel, step, plan"),
+        (["kernels"], "kernel, step, plan"),
+        (["kernel", "--round=3"], "unknown option --round=3"),
+        (["kernel", "--rounds=many"], "rounds must be a whole number, not 'many'"),
+        (["kernel", "--rounds=0"], "at least 1"),
+        (["step"], "give one config file"),
+        (["step", "configs/demo.py", "--activation=swigul"], "did you mean 'swiglu'"),
+        (["plan", "configs/xielu_1b.py", "--gpu=H1000"], "gpu must be one of"),
+        (["plan", "configs/xielu_1b.py", "--gpus=7"], "does not divide"),
+        (["plan", "configs/xielu_1b.py", "--mfu=40"], "mfu above 0"),
+    ],
+)
+def test_mistakes(argv, message, capsys):
+    assert bench.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
