@@ -32,11 +32,6 @@ IGNORE = -1
 # them at once would be 12 GB, and their gradient as much again.
 LOGITS_AT_ONCE = 2**28
 
-# Up to this length, bf16 attention on a CPU is two plain matmuls around a softmax: the backward of PyTorch's fused
-# kernel is slower there than what it saves. In float32, and beyond, the fused one wins.
-PLAIN_ATTENTION = 256
-FUTURE = torch.full((PLAIN_ATTENTION, PLAIN_ATTENTION), -math.inf).triu(1)  # added to the scores of what is to come
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -128,19 +123,8 @@ def apply_rope(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def plain_attention(q, k, v):
-    """Causal attention of q (B, heads, T, D) over k, v (B, kv heads, T, D), written out; softmax in float32. On the
-    CPU, for T ≤ PLAIN_ATTENTION."""
-    groups, T = q.shape[1] // k.shape[1], q.shape[2]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = upcast(q @ k.mT) / math.sqrt(q.shape[-1]) + FUTURE[:T, :T]  # (B, heads, T, T)
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
 def causal_attention(q, k, v):
-    """The same by whichever kernel is faster here."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= PLAIN_ATTENTION:
-        return plain_attention(q, k, v)
+    """Causal attention of q (B, heads, T, D) over k, v (B, kv heads, T, D)."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 

@@ -33,21 +33,34 @@ def test_plan_of_the_paper(tmp_path, capsys):
     assert twice["hours"] == pytest.approx(plan["hours"] / 11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation, kv_heads", [("xielu", 4), ("xielu", 2), ("relu2", 4), ("swiglu", 4)])
-def test_plan_counts_what_a_compiled_layer_keeps(activation, kv_heads, dtype):
-    """Against autograd's own count, at a length where the CPU's attention keeps what a GPU's does."""
+@pytest.mark.parametrize(
+    "activation, kv_heads, memory, dtype",
+    [
+        ("xielu", 4, "standard", torch.bfloat16),
+        ("xielu", 4, "inverted", torch.bfloat16),
+        ("xielu", 2, "standard", torch.float32),
+        ("swiglu", 4, "standard", torch.bfloat16),
+    ],
+)
+def test_plan_counts_what_a_compiled_layer_keeps(activation, kv_heads, memory, dtype):
+    """Against autograd's own count, at a length where the CPU's attention is the fused kernel, as a GPU's is."""
     sizes = dict(dim=64, n_heads=4, n_kv_heads=kv_heads, ffn_dim=384, seq_len=512)
-    config = ModelConfig(**sizes, activation=activation)
+    config = ModelConfig(**sizes, activation=activation, activation_memory=memory)
     block = Block(config)
     for weight in block.parameters():
-        torch.nn.init.normal_(weight, std=0.02) if weight.ndim > 1 else None
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.02)
     block.compile(dynamic=False)
     x = torch.randn(2, 512, 64).to(dtype).requires_grad_()
     kept, _ = bench.bytes_kept(block, [x, *rope_table(512, 16, 5e5)])
     weights = sum(weight.numel() for weight in block.parameters()) * (4 + (2 if dtype == torch.bfloat16 else 0))
     tables = 2 * 512 * 8 * 4
-    assert (kept - weights - tables) / (2 * 512) == pytest.approx(bench.kept_per_token(config, dtype.itemsize), rel=0.1)
+    kept_per_token = (kept - weights - tables) / (2 * 512)
+    planned = bench.kept_per_token(config, dtype.itemsize)
+    if memory == "standard":
+        assert kept_per_token == pytest.approx(planned, rel=0.1)
+    else:  # torch.compile finds two more narrow tensors that it need not keep
+        assert planned - 2 * 64 * dtype.itemsize == pytest.approx(kept_per_token, rel=0.02)
 
 
 def test_bytes_kept_counts_each_memory_once():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import IGNORE, Llama, ModelConfig, apply_rope, plain_attention, rope_table
+from model import IGNORE, Llama, ModelConfig, apply_rope, rope_table
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=48, vocab_size=31, seq_len=16)
 PAPER = {
@@ -215,24 +215,17 @@ def test_loss_in_chunks_holds_a_chunk_of_logits(monkeypatch, dtype):
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), name
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_plain_attention_equals_the_fused_one(kv_heads):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 24, 8), torch.randn(2, kv_heads, 24, 8), torch.randn(2, kv_heads, 24, 8)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    torch.testing.assert_close(plain_attention(q, k, v), expected)
-    rounded = plain_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), expected, rtol=0, atol=0.04)
-
-
-def test_bf16_attention_on_a_cpu_is_the_same_at_both_sides_of_the_switch(monkeypatch):
-    model = Llama(ModelConfig(**TINY), torch.bfloat16)
-    losses = []
-    for limit in (0, 256):
-        monkeypatch.setattr(model_module, "PLAIN_ATTENTION", limit)
-        losses.append(model(tokens(), tokens(seed=1)).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+@pytest.mark.parametrize("memory", ["standard", "inverted"])
+def test_compiled_bf16_gradients_at_the_size_of_a_real_run(memory):
+    """Matmuls and a softmax in place of the fused attention gave NaN here (torch 2.13), at no smaller size."""
+    config = ModelConfig(dim=128, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=576, activation_memory=memory)
+    exact, compiled = Llama(config), Llama(config, torch.bfloat16)
+    compiled.compile_parts()
+    for model in (exact, compiled):
+        model(tokens(8, 256, 257), tokens(8, 256, 257, seed=1)).backward()
+    for (name, weight), other in zip(exact.named_parameters(), compiled.parameters()):
+        if "alpha" not in name:
+            assert (other.grad - weight.grad).norm() < 0.05 * weight.grad.norm(), name
 
 
 def test_tied_and_untied():
