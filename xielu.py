@@ -104,7 +104,7 @@ def xielu_reference(x, alpha_p, alpha_n, beta=0.5):
 
 
 def bf16_terms(m):
-    """E = e⁻ᵐ − 1, R = e⁻ᵐ − 1 + m for m ≥ 0, each to 4e-4 of itself (an eighth of what bf16 rounds off), and what of
+    """E = e⁻ᵐ − 1, R = e⁻ᵐ − 1 + m for m ≥ 0, each to 3e-4 of itself (a sixth of what bf16 rounds off), and what of
     m lies beyond 8, where R grows by that. A CPU computes no faster than this: no call of exp, and no masks.
 
     A cubic (through the Chebyshev nodes of [−1, 0]) gives R(t)/t² at t = −m/8 to 3e-5, and doubling t leads back,

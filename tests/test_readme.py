@@ -5,6 +5,7 @@ from pathlib import Path
 
 from activations import ACTIVATIONS
 from prepare_data import parse
+from tools import bench
 from train import check, read_config, replace
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,18 @@ def test_every_command_is_one_that_the_programs_take():
             check(replace(config, **options), world)
             seen += 1
     assert seen >= 9
+
+
+def test_every_bench_is_one_that_the_tool_takes(tmp_path):
+    commands = re.findall(r"`python -m tools\.bench ([^`\n]*)`", TEXT)
+    assert {command.split()[0] for command in commands} == {"kernel", "step", "plan"}
+    for command in commands:
+        name, *words = command.split()
+        _, others, _ = bench.read_options(name, words)
+        if name == "plan":
+            assert bench.main([name, *words, f"--json={tmp_path}/plan.json"]) == 0
+        elif others:
+            read_config([str(ROOT / others[0]), *others[1:]])
 
 
 def test_nothing_is_left_to_fill_in():
