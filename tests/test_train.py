@@ -397,6 +397,7 @@ def test_resume_may_change_schedule_logging_and_micro_batches(config, tmp_path):
     assert [record["lr"] for record in log(out) if record["step"] == 14] == [expected]
 
 
+@pytest.mark.slow
 def test_resume_may_change_the_memory_of_the_activation(config, tmp_path):
     out, other = tmp_path / "out" / "tiny", tmp_path / "other"
     options = ["--eval_tokens=1024", "--eval_every=12"]  # batches of one shape, one compilation
