@@ -246,7 +246,7 @@ def pick_device(name):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(name for name in available if available[name])
-    if not available[name]:
+    if not available.get(name):
         raise UserError(f"device={name} is not available here: use --device=cpu, or leave it auto")
     if name == "cuda" and LOCAL_WORLD > torch.cuda.device_count():
         raise UserError(f"{LOCAL_WORLD} processes need as many GPUs, and this node has {torch.cuda.device_count()}")

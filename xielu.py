@@ -122,15 +122,14 @@ def bf16_terms(m):
 
 def _forward(x, alpha_p, alpha_n, beta):
     z = upcast(x)
+    alpha_p, alpha_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
     if x.dtype == torch.bfloat16:
-        alpha_p, alpha_n = effective_alphas(alpha_p, alpha_n, beta)
         positive, m = torch.relu(z), torch.relu(-z)
         _, remainder, beyond = bf16_terms(m)
         y = (alpha_p * positive + beta) * positive
         y = y + alpha_n * remainder + (alpha_n - beta) * beyond - beta * (m - beyond)
         return y.to(x.dtype)
-    expm1 = torch.exp(z) - 1  # a function call on a CPU: first, before there is anything to save across it
-    alpha_p, alpha_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
+    expm1 = torch.exp(z) - 1  # a function call on a CPU: first, before there is any vector to save across it
     positive = (alpha_p * z + beta) * z
     near = alpha_n * exp_remainder(z, DEGREE[z.dtype]) + beta * z
     far = alpha_n * expm1 - (alpha_n - beta) * z
@@ -141,8 +140,8 @@ def _forward(x, alpha_p, alpha_n, beta):
 
 def _backward(grad, x, alpha_p, alpha_n, beta):
     z, g = upcast(x), upcast(grad)
+    slope_p, slope_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
     if x.dtype == torch.bfloat16:
-        slope_p, slope_n = effective_alphas(alpha_p, alpha_n, beta)
         positive = torch.relu(z)
         expm1, remainder, beyond = bf16_terms(torch.relu(-z))
         grad_x = g * (2 * slope_p * positive + beta + slope_n * expm1)
@@ -150,7 +149,6 @@ def _backward(grad, x, alpha_p, alpha_n, beta):
         grad_n = (g * (remainder + beyond)).sum() * torch.sigmoid(alpha_n)
         return grad_x.to(x.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
     expm1 = torch.exp(z) - 1
-    slope_p, slope_n = effective_alphas(alpha_p.to(z.dtype), alpha_n.to(z.dtype), beta)
     near = exp_remainder(z, DEGREE[z.dtype])
     remainder = torch.where(z > -CUT, near, expm1 - z)
     expm1 = torch.where(z > -CUT, near + z, expm1)

@@ -104,6 +104,7 @@ def test_step(tmp_path, capsys):
         (["kernel", "--round=3"], "unknown option --round=3"),
         (["kernel", "--rounds=many"], "rounds must be a whole number, not 'many'"),
         (["kernel", "--rounds=0"], "at least 1"),
+        (["kernel", "--device=tpu"], "device=tpu is not available here"),
         (["step"], "give one config file"),
         (["step", "configs/demo.py", "--activation=swigul"], "did you mean 'swiglu'"),
         (["plan", "configs/xielu_1b.py", "--gpu=H1000"], "gpu must be one of"),

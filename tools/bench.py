@@ -266,9 +266,8 @@ def parts_of_step(candidate, dtype, rounds):
     targets = torch.zeros(B, T, dtype=torch.long, device=device)
     micro = len(candidate.batch) // B
     L = config.n_layers * micro
+    mlp, norm = layer.mlp, layer.input_layernorm
     # {name: (part, how often a step calls it, function)}
-    mlp = layer.mlp
-    norm = layer.input_layernorm
     jobs = {
         "attention": ("attention", L, job(causal_attention, q, k, random(*k.shape))),
         "act_fn": ("activation", L, job(mlp.act_fn, *hidden, scalars=list(mlp.act_fn.parameters()))),
@@ -326,12 +325,13 @@ def step(options, argv):
     device = train.pick_device(base.device)
     dtype = train.pick_dtype(base.dtype, device)
     train.be_deterministic(device)
+    swap = device.type != "cpu" and len(names) > 1  # a GPU holds the one that is measured alone
     candidates, first_step = {}, {}
     for name in names:
         candidates[name] = Candidate(replace(base, activation=name), device, dtype)
         first_step[name], _ = seconds(candidates[name].step, device)
         print(f"{name}: first step {first_step[name]:.1f} s" + (", compiling" if base.compile else ""), flush=True)
-        if device.type != "cpu" and len(names) > 1:
+        if swap:
             candidates[name].move("cpu")
     multiply, flops = matmul_rate(device, dtype)
     times, peaks, matmul = {name: [] for name in names}, {}, []
@@ -343,7 +343,7 @@ def step(options, argv):
             peak_memory(device, reset=True)
             times[name] += [seconds(candidate.step, device)[0] for _ in range(2)]
             peaks[name] = peak_memory(device)
-            if device.type != "cpu" and len(names) > 1:
+            if swap:
                 candidate.optimizer.zero_grad()
                 candidate.move("cpu")
     own = flops / statistics.median(matmul)
@@ -366,7 +366,7 @@ def step(options, argv):
         candidate.move(device)
         row["parts_s"] = parts_of_step(candidate, dtype, options["rounds"])
         row["parts_s"]["rest"] = median - sum(s for part, s in row["parts_s"].items() if "hidden" not in part)
-        if device.type != "cpu" and len(names) > 1:
+        if swap:
             candidate.move("cpu")
         result["activations"][name] = row
         rows.append(
