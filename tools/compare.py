@@ -1,0 +1,439 @@
+"""The paper's comparison, at any size:
+
+    python -m tools.compare configs/demo.py --activation=xielu,relu2,swiglu --seed=1,2,3
+
+Any key of train.py may take a list; the runs are all combinations, each a plain train.py run in a folder of its own.
+The same command again goes on where it stopped, and runs nothing twice. Besides train.py's keys there are
+
+    --out=out/compare      folder of the runs, of results.md, results.json and results.csv, and of the figures
+    --dry_run              print the runs and their sizes, and stop
+    --unmatched            allow runs whose parameters differ by more than 0.5 %
+    --nproc_per_node=1     processes of a run, started by torchrun if more than one
+"""
+
+import csv
+import fcntl
+import itertools
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import train
+from data import UserError
+from model import Llama
+
+# A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
+MATCHED = 0.005
+
+# ---------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid. case: {key: value} of what makes its row of the table, all that varies but the seed.
+    arguments: what train.py is called with."""
+
+    case: dict
+    config: train.Config
+    arguments: list
+    parameters: int
+    flops_per_token: int
+
+    @property
+    def out(self):
+        return Path(self.config.out)
+
+    @property
+    def flops(self):
+        return self.flops_per_token * self.config.tokens_per_step * self.config.max_steps
+
+
+def read_options(argv):
+    """({own option: value}, the other arguments)."""
+    own = {"out": "out/compare", "dry_run": False, "unmatched": False, "nproc_per_node": 1}
+    others = []
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in own:
+            others.append(argument)
+        elif own[name] is False and not equals:
+            own[name] = True
+        elif name == "out" and value:
+            own[name] = value
+        elif name == "nproc_per_node" and value.isdecimal() and int(value) > 0:
+            own[name] = int(value)
+        else:
+            raise UserError(f"{argument} is not understood: see python -m tools.compare --help")
+    return own, others
+
+
+def read_grid(argv, out, world):
+    """The Runs of a command line; UserError if one of them could not be run on `world` processes. The seed varies
+    slowest, so that a comparison that is stopped early has whole rounds of activations."""
+    files = [argument for argument in argv if not argument.startswith("--")]
+    lists = {"seed": None}
+    for argument in argv:
+        name, equals, values = argument.removeprefix("--").partition("=")
+        if name == "resume":
+            raise UserError("leave --resume away: a comparison resumes by itself")
+        if argument.startswith("--"):
+            lists[name] = values.split(",") if equals else ["True"]
+    from_file, _ = train.read_config(files)
+    lists["seed"] = lists["seed"] or [str(from_file.seed)]
+    varied = [name for name, values in lists.items() if len(values) > 1 and name != "seed"]
+    runs = {}
+    for values in itertools.product(*lists.values()):
+        arguments = [*files, *(f"--{name}={value}" for name, value in zip(lists, values))]
+        config = replace(from_file, **train.read_config(arguments)[1])
+        with torch.device("meta"):
+            model = Llama(train.check(config, world))
+        case = {"activation": config.activation} | {name: getattr(config, name) for name in varied}
+        words = [f"{name}={value}" for name, value in case.items() if name != "activation"]
+        folder = "-".join([config.activation, *words, f"seed={config.seed}"]).replace("/", "_")
+        if folder in runs:
+            raise UserError(f"{folder} is there twice: give each value of a list once")
+        config = replace(config, out=f"{out}/{folder}", resume=True)
+        arguments += [f"--out={config.out}", "--resume"]
+        runs[folder] = Run(case, config, arguments, model.num_parameters(), model.flops_per_token())
+    return list(runs.values())
+
+
+def print_grid(runs):
+    """The runs and their sizes; returns the spread of their parameters, (most − fewest) / fewest."""
+    width = max(len(run.out.name) for run in runs)
+    for run in runs:
+        tokens = run.config.max_steps * run.config.tokens_per_step
+        sizes = f"{run.parameters:,} parameters  {run.flops_per_token:,} FLOPs a token  {tokens:,} tokens"
+        print(f"{run.out.name.ljust(width)}  {sizes}")
+    spread = {}
+    for name in ("parameters", "flops_per_token"):
+        numbers = [getattr(run, name) for run in runs]
+        spread[name] = max(numbers) / min(numbers) - 1
+    print(f"spread: {spread['parameters']:.3%} of parameters, {spread['flops_per_token']:.3%} of FLOPs a token")
+    return spread["parameters"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running it
+
+
+def check_folder(run):
+    """UserError if the run's folder holds a run with another config."""
+    path = run.out / "config.json"
+    try:
+        saved = json.loads(path.read_text("utf-8"))["config"] if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete {run.out}") from None
+    for name, value in asdict(run.config).items():
+        if name not in ("out", "resume") and saved.get(name, value) != value:
+            raise UserError(
+                f"{run.out} holds a run with {name}={saved[name]!r}, not {value!r}: choose another --out, or delete it"
+            )
+
+
+def outcome(run):
+    """What a finished run came to: {"loss", "bits_per_byte", "tokens_per_s"}; None if it is not finished."""
+    records = train.read_log(run.out / "log.jsonl", run.config.max_steps)
+    final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
+    if not final:
+        return None
+    # The first step compiles. The median, because the machine may have been busy with something else for a while.
+    speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
+    speed = statistics.median(speeds) if speeds else None
+    return {"loss": final[0]["loss"], "bits_per_byte": final[0]["bits_per_byte"], "tokens_per_s": speed}
+
+
+def flops_left(run):
+    """What is still to be computed of a run, as its log tells."""
+    records = train.read_log(run.out / "log.jsonl", run.config.max_steps)
+    done = max((record["step"] for record in records), default=0)
+    return run.flops * (1 - done / run.config.max_steps)
+
+
+def execute(run, world, lock, on_step):
+    """Start or resume a run in a process of its own; (exit status, last line). What it prints goes to output.txt in
+    its folder; on_step(step) is called for each line about a step."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    run.out.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(train.ROOT / "train.py"), *run.arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=[lock.fileno()],  # should this process die alone, the lock is held until the run has ended too
+        start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+    )
+    last = ""
+    try:
+        with open(run.out / "output.txt", "a", encoding="utf-8") as output:
+            for line in process.stdout:
+                output.write(line)
+                output.flush()
+                last = line.strip() or last
+                if step := re.match(r"step (\d+)/", line):
+                    on_step(int(step[1]))
+        return process.wait(), last
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+
+
+def show(text, passing=False):
+    """Print a line. A passing one is overwritten by the next, and left out where the output is no terminal."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="" if passing else "\n", flush=True)
+    elif not passing:
+        print(text, flush=True)
+
+
+def run_all(runs, world, lock):
+    """Run what is not finished, one after another; returns {name of a failed run: its last line}."""
+    left = {run.out.name: flops_left(run) for run in runs if outcome(run) is None}
+    began, at_start = time.monotonic(), sum(left.values())
+    failed = {}
+
+    def remaining():
+        done = at_start - sum(left.values())
+        seconds = (time.monotonic() - began) * sum(left.values()) / max(done, 1)
+        return f"{train.format_seconds(seconds)} left of all" if done else "starting"
+
+    for number, run in enumerate(runs, 1):
+        name, title = run.out.name, f"[{number}/{len(runs)}] {run.out.name}"
+        if name not in left:
+            show(f"{title}: finished before")
+            continue
+
+        def on_step(step, run=run, title=title):
+            steps = run.config.max_steps
+            left[run.out.name] = run.flops * (1 - step / steps)
+            show(f"{title}: step {step}/{steps}, {remaining()}", passing=True)
+
+        show(f"{title}: {remaining()}", passing=True)
+        run_began = time.monotonic()
+        status, last = execute(run, world, lock, on_step)
+        took = train.format_seconds(time.monotonic() - run_began)
+        result = outcome(run)
+        if status == 0 and result and math.isfinite(result["loss"]):
+            left[name] = 0.0
+            show(f"{title}: val loss {result['loss']:.4f} after {took}, {remaining()}")
+        else:
+            at_start -= left.pop(name)
+            failed[name] = f"status {status}: {last}" if status or not result else f"val loss {result['loss']}"
+            show(f"{title}: failed after {took}, {failed[name]} (see {run.out}/output.txt)")
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What came of it
+
+
+def student_t(confidence, df):
+    """The t with P(|T| ≤ t) = confidence for Student's T with a whole number df of degrees of freedom: 12.71 for 95 %
+    and 1, 4.30 for 2. Bisection on the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+
+    def probability(t):
+        angle = math.atan(t / math.sqrt(df))
+        odd = df % 2
+        term, total = math.cos(angle) if odd else 1.0, 0.0
+        for k in range(2 + odd, df + 1, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * (k - 1) / k
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, 1.0
+    while probability(high) < confidence:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
+    return high
+
+
+def mean_interval(values, confidence=0.95):
+    """(mean, [low, high]) of a few numbers, the interval by Student's t with n − 1 degrees of freedom; None for the
+    interval of a single number."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    half = student_t(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, [mean - half, mean + half]
+
+
+def summarize(runs):
+    """The rows of the table, one for each case: dicts of plain numbers. Differences are to the first activation,
+    all other keys alike, and paired by seed: of each seed's two runs, which saw the same batches in the same order."""
+    cases = []
+    for run in runs:
+        if run.case not in cases:
+            cases.append(run.case)
+    results = [
+        {run.config.seed: result for run in runs if run.case == case and (result := outcome(run))} for case in cases
+    ]
+    several = len({case["activation"] for case in cases}) > 1
+    rows = []
+    for case, result in zip(cases, results):
+        if not result:
+            continue
+        first = case | {"activation": cases[0]["activation"]} if several else cases[0]
+        losses = {seed: values["loss"] for seed, values in result.items()}
+        sizes = next(run for run in runs if run.case == case)
+        speeds = [values["tokens_per_s"] for values in result.values() if values["tokens_per_s"]]
+        bits = [values["bits_per_byte"] for values in result.values()]
+        row = case | {
+            "parameters": sizes.parameters,
+            "flops_per_token": sizes.flops_per_token,
+            "seeds": list(losses),
+            "losses": list(losses.values()),
+            "loss": statistics.fmean(losses.values()),
+            "loss_std": statistics.stdev(losses.values()) if len(losses) > 1 else None,
+            "bits_per_byte": None if None in bits else statistics.fmean(bits),
+            "difference": None,
+            "interval": None,
+            "tokens_per_s": statistics.fmean(speeds) if speeds else None,
+        }
+        row["perplexity"] = math.exp(min(row["loss"], 700))
+        reference = results[cases.index(first)]
+        paired = [losses[seed] - reference[seed]["loss"] for seed in losses if seed in reference]
+        if case != first and paired:
+            row["difference"], row["interval"] = mean_interval(paired)
+        rows.append(row)
+    return rows
+
+
+def label(row):
+    """A row's name: its activation and what else varies."""
+    others = [f"{name}={row[name]}" for name in list(row)[1 : list(row).index("parameters")]]
+    return " ".join([row["activation"], *others])
+
+
+def verdict(row, first):
+    """What a row's difference to the first tells, in words."""
+    text = f"{label(row)} − {first}: {row['difference']:+.4f} nats a token"
+    if row["interval"] is None:
+        return f"{text} with one seed, so no interval."
+    low, high = row["interval"]
+    text += f", 95 % interval [{low:+.4f}, {high:+.4f}]"
+    if low == high == 0:
+        return f"{text}: the losses are equal in every seed."
+    if low <= 0 <= high:
+        return f"{text} contains zero: the two are not told apart."
+    return f"{text} does not contain zero: its loss is {'lower' if high < 0 else 'higher'}."
+
+
+def table(rows):
+    """The rows as a table in Markdown, aligned for a terminal too."""
+    lines = []
+    for row in rows:
+        std = "" if row["loss_std"] is None else f" ± {row['loss_std']:.4f}"
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+        interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
+        line = {
+            "activation": label(row),
+            "parameters": f"{row['parameters']:,}",
+            "FLOPs/token": f"{row['flops_per_token']:,}",
+            "seeds": f"{len(row['seeds'])}",
+            "val loss": f"{row['loss']:.4f}{std}",
+            "perplexity": f"{row['perplexity']:.3f}",
+            "bits/byte": "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+            "difference [95 % interval]": difference + interval,
+            "tokens/s": "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
+        }
+        lines.append(list(line.values()))
+    lines.insert(0, list(line))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in aligned)
+
+
+def write_results(rows, failed, out):
+    """results.md, .json and .csv: the same for the same losses, whenever and wherever they were computed, but for
+    tokens per second. Returns the text of results.md."""
+    first = label(rows[0])
+    readings = [f"- {verdict(row, first)}\n" for row in rows if row["difference"] is not None]
+    readings += [f"- {name} is not in the table: it did not finish.\n" for name in failed]
+    text = (
+        f"{table(rows)}\n"
+        "Validation loss in nats a token, mean ± standard deviation over the seeds; perplexity and bits a byte are\n"
+        "those of the mean. Differences are paired by seed; their 95 % interval is Student's.\n\n" + "".join(readings)
+    )
+    files = {
+        "results.md": text,
+        "results.json": json.dumps({"rows": rows, "unfinished": list(failed)}, indent=2) + "\n",
+    }
+    for name, content in files.items():
+        (out / name).write_text(content, encoding="utf-8")
+    with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
+    return text
+
+
+def compare(argv):
+    """Run a comparison; the exit status, 1 if a run of it failed."""
+    own, others = read_options(argv)
+    out, world = Path(own["out"]), own["nproc_per_node"]
+    runs = read_grid(others, out, world)
+    spread = print_grid(runs)
+    if spread > MATCHED and not own["unmatched"]:
+        raise UserError(
+            f"the parameters of these runs differ by {spread:.2%}, more than {MATCHED:.1%}, so the comparison "
+            f"would be one of sizes: make them alike, or say --unmatched"
+        )
+    for run in runs:
+        check_folder(run)
+    if own["dry_run"]:
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another comparison writes to {out}: waiting for its end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        failed = run_all(runs, world, lock)
+        rows = summarize(runs)
+        if not rows:
+            raise UserError(f"none of the runs finished: {next(iter(failed.values()))}")
+        print("\n" + write_results(rows, failed, out))
+        print(f"results: {out}/results.md, .json and .csv")
+        draw_figures(runs, out)
+    return 1 if failed else 0
+
+
+def draw_figures(runs, out):
+    """loss.png, and alphas.png of the first activation whose scalars are logged."""
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(__doc__.strip())
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
+        return compare(argv)
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
