@@ -1,9 +1,50 @@
+import json
+import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from train import Config  # noqa: E402
 
 # Beyond this many variants of one function torch.compile runs it uncompiled, and a test of compiled code tests nothing.
 torch._dynamo.config.recompile_limit = 100
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of shards: train.py, byte by byte."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text((ROOT / "train.py").read_text())
+    line = [sys.executable, ROOT / "prepare_data.py", folder / "text.txt", "--tokenizer=bytes", f"--out={folder}/bytes"]
+    subprocess.run(line, check=True, capture_output=True)
+    return folder / "bytes"
+
+
+@pytest.fixture
+def fake_run(tmp_path):
+    """A function that writes the folder of a finished run, as train.py would have, with these validation losses."""
+
+    def write(activation, seed, losses, scalars=None, folder=None, finite=True, **keys):
+        folder = tmp_path / (folder or f"{activation}-seed={seed}")
+        config = Config(
+            activation=activation, seed=seed, max_steps=10 * (len(losses) - 1), out=str(folder), resume=True
+        )
+        config = replace(config, warmup_steps=0, decay_steps=0, tokens_per_step=1000, **keys)
+        records = []
+        for step, loss in zip(range(0, 10 * len(losses), 10), losses):
+            speed = {"kind": "train", "step": step, "tokens": 1000 * step, "tokens_per_s": 100.0 + step}
+            validation = {"kind": "val", "step": step, "tokens": 1000 * step, "loss": loss, "bits_per_byte": loss / 2}
+            records += [speed] if step else []
+            records += [validation | {name: values[step // 10] for name, values in (scalars or {}).items()}]
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"config": asdict(config)}))
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return folder, config
+
+    return write

@@ -45,15 +45,6 @@ dtype = "float32"
 """
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text.txt").write_text((ROOT / "train.py").read_text())
-    line = [sys.executable, ROOT / "prepare_data.py", folder / "text.txt", "--tokenizer=bytes", f"--out={folder}/bytes"]
-    subprocess.run(line, check=True, capture_output=True)
-    return folder / "bytes"
-
-
 @pytest.fixture
 def config(tmp_path, corpus):
     """A config file of a tiny run, whose folder is tmp_path/out/tiny."""

@@ -28,8 +28,10 @@ from pathlib import Path
 import torch
 
 import train
+from activations import get_activation
 from data import UserError
 from model import Llama
+from tools import plot
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
@@ -142,10 +144,11 @@ def check_folder(run):
 
 
 def outcome(run):
-    """What a finished run came to: {"loss", "bits_per_byte", "tokens_per_s"}; None if it is not finished."""
+    """What a finished run came to: {"loss", "bits_per_byte", "tokens_per_s"}; None if it is not finished, or has
+    diverged."""
     records = train.read_log(run.out / "log.jsonl", run.config.max_steps)
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
-    if not final:
+    if not final or not math.isfinite(final[0]["loss"]):
         return None
     # The first step compiles. The median, because the machine may have been busy with something else for a while.
     speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
@@ -225,12 +228,12 @@ def run_all(runs, world, lock):
         status, last = execute(run, world, lock, on_step)
         took = train.format_seconds(time.monotonic() - run_began)
         result = outcome(run)
-        if status == 0 and result and math.isfinite(result["loss"]):
+        if status == 0 and result:
             left[name] = 0.0
             show(f"{title}: val loss {result['loss']:.4f} after {took}, {remaining()}")
         else:
             at_start -= left.pop(name)
-            failed[name] = f"status {status}: {last}" if status or not result else f"val loss {result['loss']}"
+            failed[name] = f"status {status}: {last}" if status else "its last validation loss is not finite"
             show(f"{title}: failed after {took}, {failed[name]} (see {run.out}/output.txt)")
     return failed
 
@@ -272,56 +275,63 @@ def mean_interval(values, confidence=0.95):
     return mean, [mean - half, mean + half]
 
 
-def summarize(runs):
-    """The rows of the table, one for each case: dicts of plain numbers. Differences are to the first activation,
-    all other keys alike, and paired by seed: of each seed's two runs, which saw the same batches in the same order."""
-    cases = []
+def label(case):
+    """The name of a row: its activation, and what else varies."""
+    return " ".join([case["activation"], *(f"{name}={value}" for name, value in case.items() if name != "activation")])
+
+
+def finished_rows(runs):
+    """{name of a row: {seed: (run, its outcome)}} of the finished runs."""
+    rows = {label(run.case): {} for run in runs}
     for run in runs:
-        if run.case not in cases:
-            cases.append(run.case)
-    results = [
-        {run.config.seed: result for run in runs if run.case == case and (result := outcome(run))} for case in cases
-    ]
-    several = len({case["activation"] for case in cases}) > 1
+        if result := outcome(run):
+            rows[label(run.case)][run.config.seed] = run, result
+    return rows
+
+
+def summarize(runs):
+    """The rows of the table, one for each case, as dicts of plain numbers. A difference is to the first activation,
+    all other keys alike (or to the first row, if there is one activation), and paired by seed: two runs of a seed saw
+    the same batches in the same order."""
+    first = runs[0].case
+    several = any(run.case["activation"] != first["activation"] for run in runs)
+    finished = finished_rows(runs)
     rows = []
-    for case, result in zip(cases, results):
-        if not result:
+    for name, by_seed in finished.items():
+        if not by_seed:
             continue
-        first = case | {"activation": cases[0]["activation"]} if several else cases[0]
-        losses = {seed: values["loss"] for seed, values in result.items()}
-        sizes = next(run for run in runs if run.case == case)
-        speeds = [values["tokens_per_s"] for values in result.values() if values["tokens_per_s"]]
-        bits = [values["bits_per_byte"] for values in result.values()]
-        row = case | {
-            "parameters": sizes.parameters,
-            "flops_per_token": sizes.flops_per_token,
+        run, _ = next(iter(by_seed.values()))
+        losses = {seed: result["loss"] for seed, (_, result) in by_seed.items()}
+        bits = [result["bits_per_byte"] for _, result in by_seed.values()]
+        speeds = [result["tokens_per_s"] for _, result in by_seed.values()]
+        mean = statistics.fmean(losses.values())
+        row = {
+            "name": name,
+            **run.case,
+            "parameters": run.parameters,
+            "flops_per_token": run.flops_per_token,
             "seeds": list(losses),
             "losses": list(losses.values()),
-            "loss": statistics.fmean(losses.values()),
+            "loss": mean,
             "loss_std": statistics.stdev(losses.values()) if len(losses) > 1 else None,
+            "perplexity": math.exp(min(mean, 700)),  # e^709 is the largest float
             "bits_per_byte": None if None in bits else statistics.fmean(bits),
+            "reference": label(run.case | {"activation": first["activation"]} if several else first),
             "difference": None,
             "interval": None,
-            "tokens_per_s": statistics.fmean(speeds) if speeds else None,
+            "tokens_per_s": None if None in speeds else statistics.fmean(speeds),
         }
-        row["perplexity"] = math.exp(min(row["loss"], 700))
-        reference = results[cases.index(first)]
-        paired = [losses[seed] - reference[seed]["loss"] for seed in losses if seed in reference]
-        if case != first and paired:
+        reference = finished[row["reference"]]
+        paired = [loss - reference[seed][1]["loss"] for seed, loss in losses.items() if seed in reference]
+        if paired and name != row["reference"]:
             row["difference"], row["interval"] = mean_interval(paired)
         rows.append(row)
     return rows
 
 
-def label(row):
-    """A row's name: its activation and what else varies."""
-    others = [f"{name}={row[name]}" for name in list(row)[1 : list(row).index("parameters")]]
-    return " ".join([row["activation"], *others])
-
-
-def verdict(row, first):
+def verdict(row):
     """What a row's difference to the first tells, in words."""
-    text = f"{label(row)} − {first}: {row['difference']:+.4f} nats a token"
+    text = f"{row['name']} − {row['reference']}: {row['difference']:+.4f} nats a token"
     if row["interval"] is None:
         return f"{text} with one seed, so no interval."
     low, high = row["interval"]
@@ -341,7 +351,7 @@ def table(rows):
         difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
         interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
         line = {
-            "activation": label(row),
+            "activation": row["name"],
             "parameters": f"{row['parameters']:,}",
             "FLOPs/token": f"{row['flops_per_token']:,}",
             "seeds": f"{len(row['seeds'])}",
@@ -359,29 +369,27 @@ def table(rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in aligned)
 
 
-def write_results(rows, failed, out):
-    """results.md, .json and .csv: the same for the same losses, whenever and wherever they were computed, but for
-    tokens per second. Returns the text of results.md."""
-    first = label(rows[0])
-    readings = [f"- {verdict(row, first)}\n" for row in rows if row["difference"] is not None]
+def report(rows, failed):
+    """The text of results.md: the table, and what its differences tell."""
+    readings = [f"- {verdict(row)}\n" for row in rows if row["difference"] is not None]
     readings += [f"- {name} is not in the table: it did not finish.\n" for name in failed]
-    text = (
+    return (
         f"{table(rows)}\n"
         "Validation loss in nats a token, mean ± standard deviation over the seeds; perplexity and bits a byte are\n"
         "those of the mean. Differences are paired by seed; their 95 % interval is Student's.\n\n" + "".join(readings)
     )
-    files = {
-        "results.md": text,
-        "results.json": json.dumps({"rows": rows, "unfinished": list(failed)}, indent=2) + "\n",
-    }
-    for name, content in files.items():
-        (out / name).write_text(content, encoding="utf-8")
+
+
+def write_results(rows, failed, out):
+    """results.md, .json and .csv: the same for the same losses, wherever they were computed, but for the speed."""
+    (out / "results.md").write_text(report(rows, failed), encoding="utf-8")
+    figures = json.dumps({"rows": rows, "unfinished": list(failed)}, indent=2)
+    (out / "results.json").write_text(figures + "\n", encoding="utf-8")
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
             writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
-    return text
 
 
 def compare(argv):
@@ -410,14 +418,25 @@ def compare(argv):
         rows = summarize(runs)
         if not rows:
             raise UserError(f"none of the runs finished: {next(iter(failed.values()))}")
-        print("\n" + write_results(rows, failed, out))
+        write_results(rows, failed, out)
+        print("\n" + report(rows, failed))
         print(f"results: {out}/results.md, .json and .csv")
         draw_figures(runs, out)
     return 1 if failed else 0
 
 
 def draw_figures(runs, out):
-    """loss.png, and alphas.png of the first activation whose scalars are logged."""
+    """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
+    rows = {name: [run for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items() if by_seed}
+    try:
+        plot.draw_loss([run.out for row in rows.values() for run in row], out / "loss.png")
+        for name, row in rows.items():
+            if list(get_activation(row[0].config.activation).module().parameters()):
+                file_name = f"scalars-{name}.png".replace(" ", "-").replace("/", "_")
+                plot.draw_scalars([run.out for run in row], out / file_name)
+        print(f"figures: {out}/*.png")
+    except UserError as error:
+        print(f"note: not all figures are drawn: {error}")
 
 
 def main(argv):

@@ -1,0 +1,332 @@
+"""tools/compare.py: its grid, its statistics, and whole comparisons that are cut off, killed and continued."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import Llama
+from tools import compare
+from tools.compare import Run, mean_interval, read_grid, report, student_t, summarize, verdict
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+dim = 32
+n_layers = 2
+n_heads = 2
+n_kv_heads = 2
+ffn_dim = 48
+seq_len = 32
+tokens_per_step = 256
+micro_batch_size = 4
+max_steps = 100
+warmup_steps = 3
+decay_steps = 4
+eval_every = 10
+eval_tokens = 1000
+log_every = 1
+checkpoint_every = 4
+compile = False
+device = "cpu"
+dtype = "float32"
+"""
+
+
+@pytest.fixture(scope="module")
+def config(corpus, tmp_path_factory):
+    path = tmp_path_factory.mktemp("grid") / "tiny.py"
+    path.write_text(TINY + f'data = "{corpus}"\n')
+    return str(path)
+
+
+def launch(*arguments):
+    command = [sys.executable, "-m", "tools.compare", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    return subprocess.Popen(command, cwd=ROOT, **options)
+
+
+def without_speed(out):
+    """What must be the same for the same losses: the three files without tokens per second."""
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert all(row.pop("tokens_per_s") > 0 for row in rows)
+    with open(out / "results.csv", newline="") as file:
+        table = [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in csv.DictReader(file)]
+    text = re.sub(r"\|[^|\n]*\|$", "|", (out / "results.md").read_text(), flags=re.M)
+    return rows, table, text
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize(
+    "df, t", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423), (1000, 1.9623)]
+)
+def test_student_t(df, t):
+    assert student_t(0.95, df) == pytest.approx(t, abs=5e-5)
+
+
+def test_student_t_covers():
+    """95 % of the intervals of three numbers contain the mean that they were drawn around."""
+    samples = np.random.default_rng(0).normal(5.0, 2.0, (4000, 3)).tolist()
+    covered = sum(low <= 5.0 <= high for _, (low, high) in map(mean_interval, samples))
+    assert abs(covered / 4000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+def test_mean_interval():
+    mean, (low, high) = mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)), abs=1e-5)
+    assert mean_interval([1.5]) == (1.5, None)
+    assert mean_interval([0.0, 0.0]) == (0.0, [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "difference, interval, words",
+    [
+        (0.5, None, "one seed"),
+        (0.5, [-0.1, 1.1], "contains zero"),
+        (0.5, [0.0, 1.0], "contains zero"),
+        (0.5, [0.4, 0.6], "does not contain zero: its loss is higher"),
+        (-0.5, [-0.6, -0.4], "does not contain zero: its loss is lower"),
+        (0.0, [0.0, 0.0], "equal in every seed"),
+    ],
+)
+def test_verdict(difference, interval, words):
+    row = {"name": "b", "reference": "a", "difference": difference, "interval": interval}
+    assert words in verdict(row) and verdict(row).startswith("b − a: ")
+
+
+def fake_runs(fake_run, losses, **keys):
+    """Runs of {activation: {seed: final loss}}."""
+    runs = []
+    for activation, by_seed in losses.items():
+        for seed, loss in by_seed.items():
+            _, config = fake_run(activation, seed, [5.0, 4.0, loss], **keys)
+            runs.append(Run({"activation": activation}, config, [], 1000, 6000))
+    return runs
+
+
+def test_table(fake_run):
+    losses = {
+        "xielu": {1: 2.0, 2: 3.0, 3: 4.0},
+        "relu2": {1: 2.1, 2: 3.3, 3: 4.2},  # differences 0.1, 0.3, 0.2
+        "swiglu": {1: 2.5, 3: 3.5},  # a seed is missing: differences 0.5, −0.5
+        "gelu": {2: float("nan")},
+    }
+    runs = fake_runs(fake_run, losses)
+    xielu, relu2, swiglu = summarize(runs)  # what diverged has no row
+    assert (xielu["loss"], xielu["loss_std"], xielu["difference"], xielu["interval"]) == (3.0, 1.0, None, None)
+    assert xielu["perplexity"] == pytest.approx(math.exp(3)) and xielu["bits_per_byte"] == pytest.approx(1.5)
+    assert xielu["tokens_per_s"] == 115.0  # the median of what the log says after the first step
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert relu2["difference"] == pytest.approx(0.2)
+    assert relu2["interval"] == pytest.approx([0.2 - half, 0.2 + half])
+    assert swiglu["seeds"] == [1, 3] and swiglu["difference"] == pytest.approx(0)
+    assert swiglu["interval"] == pytest.approx([-12.7062 * 0.5, 12.7062 * 0.5], rel=1e-4)
+    text = report([xielu, relu2, swiglu], {"gelu-seed=2": "status 3"})
+    assert "| 3.2000 ± 1.0536 |" in text and "+0.2000 [-0.0484, +0.4484]" in text
+    assert "- relu2 − xielu: +0.2000" in text and text.count("contains zero") == 2
+    assert "gelu-seed=2 is not in the table" in text
+    lengths = {len(line) for line in text.splitlines() if line.startswith("|")}
+    assert len(lengths) == 1  # aligned
+
+
+def test_other_keys_make_rows_and_compare_like_with_like(fake_run):
+    runs = []
+    for lr, base in ((0.001, 2.0), (0.002, 1.0)):
+        for activation, more in (("xielu", 0.0), ("relu2", 0.25 * base)):
+            for seed in (1, 2):
+                folder = f"{activation}-{lr}-{seed}"
+                _, config = fake_run(activation, seed, [5.0, 4.0, base + more], folder=folder, lr=lr)
+                runs.append(Run({"activation": activation, "lr": lr}, config, [], 1000, 6000))
+    rows = {row["name"]: row for row in summarize(runs)}
+    assert list(rows) == ["xielu lr=0.001", "relu2 lr=0.001", "xielu lr=0.002", "relu2 lr=0.002"]
+    assert rows["relu2 lr=0.001"]["difference"] == 0.5 and rows["relu2 lr=0.002"]["difference"] == 0.25
+    assert rows["xielu lr=0.002"]["difference"] is None
+    alone = [run for run in runs if run.config.activation == "relu2"]
+    rows = {row["name"]: row for row in summarize(alone)}  # one activation: the first row is what all are held against
+    assert rows["relu2 lr=0.002"]["difference"] == -1.25 and rows["relu2 lr=0.002"]["reference"] == "relu2 lr=0.001"
+
+
+# ------------------------------------------------------------------------------------------------ grid
+
+
+def test_grid(config, tmp_path):
+    runs = read_grid([config, "--activation=xielu,swiglu", "--lr=1e-3,0.002", "--seed=2,1"], tmp_path, 1)
+    assert [run.out.name for run in runs] == [
+        f"{activation}-lr={lr}-seed={seed}"
+        for seed in (2, 1)
+        for activation in ("xielu", "swiglu")
+        for lr in (0.001, 0.002)
+    ]
+    assert runs[3].case == {"activation": "swiglu", "lr": 0.002} and runs[3].config.seed == 2
+    assert runs[0].parameters == runs[2].parameters + 4  # two scalars a layer
+    assert runs[0].flops_per_token == runs[2].flops_per_token
+    (only,) = read_grid([config], tmp_path, 1)
+    assert only.out.name == "xielu-seed=42" and only.case == {"activation": "xielu"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--activation=xielu,swigul"], "did you mean 'swiglu'"),
+        (["--activation=relu2,relu2"], "relu2-seed=42 is there twice"),
+        (["--seed=1,2,01"], "is there twice"),
+        (["--activations=relu2"], "unknown key 'activations'"),
+        (["--resume"], "leave --resume away"),
+        (["--seed=1,"], "seed must be a whole number, not ''"),
+        (["--dry_run=yes"], "--dry_run=yes is not understood"),
+        (["--out="], "--out= is not understood"),
+        (["--nproc_per_node=0"], "--nproc_per_node=0 is not understood"),
+        (["--nproc_per_node=3"], "does not divide"),
+        (["--dim=32,64"], "differ by"),
+        (["--ffn_dim=50", "--activation=relu2,swiglu"], "does not divide by 3"),
+        (["more.py"], "give one config file"),
+    ],
+)
+def test_mistakes(config, tmp_path, capsys, arguments, message):
+    out = [] if "--out=" in arguments else [f"--out={tmp_path}/out"]
+    assert compare.main([config, *arguments, *out]) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run(config, tmp_path, capsys):
+    grid = [config, "--activation=xielu,relu2,swiglu", "--seed=1,2", f"--out={tmp_path}/out", "--dry_run"]
+    assert compare.main(grid) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and "18.0% of parameters" not in lines[-1] and lines[-1].startswith("spread: 0.0")
+    assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs a token +25,600 tokens$", lines[5])
+    assert not (tmp_path / "out").exists()
+    assert compare.main([*grid, "--dim=32,64"]) == 2
+    assert compare.main([*grid, "--dim=32,64", "--unmatched"]) == 0
+
+
+def test_a_folder_of_another_config_is_refused(config, tmp_path, capsys):
+    folder = tmp_path / "xielu-seed=42"
+    folder.mkdir()
+    (run,) = read_grid([config], tmp_path, 1)
+    saved = {"config": compare.asdict(run.config)}
+    (folder / "config.json").write_text(json.dumps(saved))
+    compare.check_folder(run)
+    (longer,) = read_grid([config, "--max_steps=50"], tmp_path, 1)
+    with pytest.raises(compare.UserError, match="holds a run with max_steps=100, not 50"):
+        compare.check_folder(longer)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(compare.UserError, match="cannot be read"):
+        compare.check_folder(run)
+
+
+# ------------------------------------------------------------------------------------------------ whole comparisons
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory):
+    """(the arguments of a comparison, its folder)"""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    grid = [config, "--activation=xielu,swiglu", "--seed=1,2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert compare.main([*grid, f"--out={out}"]) == 0
+    return grid, out
+
+
+def test_what_a_comparison_leaves(uninterrupted, capsys):
+    grid, out = uninterrupted
+    assert (out / "loss.png").stat().st_size > 1000 and (out / "scalars-xielu.png").stat().st_size > 1000
+    rows, table, text = without_speed(out)
+    assert [row["activation"] for row in rows] == ["xielu", "swiglu"] and len(table) == 2
+    for seed, loss in zip(rows[1]["seeds"], rows[1]["losses"]):
+        log = (out / f"swiglu-seed={seed}" / "log.jsonl").read_text().splitlines()
+        assert json.loads(log[-1])["loss"] == loss and json.loads(log[-1])["step"] == 100
+    assert compare.main([*grid, f"--out={out}"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("finished before") == 4 and (out / "results.md").read_text() in output
+    assert without_speed(out) == (rows, table, text)
+    for name in ("results.md", "results.json", "results.csv"):
+        assert str(out) not in (out / name).read_text() and str(ROOT) not in (out / name).read_text()
+
+
+def test_a_seed_gives_all_the_same_shared_weights_and_batches(config, tmp_path):
+    runs = read_grid([config, "--activation=xielu,relu2,swiglu", "--seed=1,2"], tmp_path, 1)
+    weights = {}
+    for run in runs:
+        model = Llama(train.check(run.config, 1), seed=run.config.seed)
+        weights[run.out.name] = dict(model.named_parameters())
+    shared = [name for name in weights["xielu-seed=1"] if "mlp" not in name]
+    mlp = [name for name in weights["relu2-seed=1"] if "mlp" in name]
+    assert len(shared) > 10 and len(mlp) == 4
+    for name in shared:
+        assert torch.equal(weights["xielu-seed=1"][name], weights["swiglu-seed=1"][name])
+    for name in mlp:
+        assert torch.equal(weights["xielu-seed=1"][name], weights["relu2-seed=1"][name])
+        assert not torch.equal(weights["relu2-seed=2"][name], weights["relu2-seed=1"][name])
+    # the batch is a function of the corpus, the seed and the step alone
+    assert len({(run.config.data, run.config.seq_len) for run in runs}) == 1
+
+
+def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
+    grid, whole = uninterrupted
+    out = tmp_path / "out"
+    for name in ("xielu-seed=2", "swiglu-seed=2"):  # these are done
+        shutil.copytree(whole / name, out / name)
+
+    def until(pattern, path):
+        deadline = time.monotonic() + 120
+        while not (path.exists() and re.search(pattern, path.read_text())):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    process = launch(*grid, f"--out={out}")
+    until("step 10/100", out / "xielu-seed=1" / "output.txt")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from here" in output
+    process = launch(*grid, f"--out={out}")
+    until("step 10/100", out / "swiglu-seed=1" / "output.txt")
+    process.kill()  # its run lives on for a moment
+    process.wait()
+    first = (out / "xielu-seed=1" / "ckpt.pt").stat().st_mtime_ns
+    process = launch(*grid, f"--out={out}")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("finished before") == 3
+    assert (out / "xielu-seed=1" / "ckpt.pt").stat().st_mtime_ns == first
+    assert without_speed(out) == without_speed(whole)
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(uninterrupted, tmp_path, capsys):
+    grid, whole = uninterrupted
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("swiglu-seed=1", "xielu-seed=2"):
+        records = (out / name / "log.jsonl").read_text().splitlines(keepends=True)
+        (out / name / "log.jsonl").write_text("".join(records[:-1]))
+    (out / "swiglu-seed=1" / "ckpt.pt").write_bytes(b"damaged")
+    assert compare.main([*grid, f"--out={out}"]) == 1
+    output = capsys.readouterr().out
+    assert re.search(r"\[2/4\] swiglu-seed=1: failed .*status 2: error: checkpoint .* cannot be read", output)
+    assert re.search(r"\[3/4\] xielu-seed=2: val loss", output)
+    assert "- swiglu-seed=1 is not in the table: it did not finish." in output
+    rows, _, _ = without_speed(out)
+    assert rows[0]["seeds"] == [1, 2] and rows[1]["seeds"] == [2] and rows[1]["interval"] is None
+
+
+@pytest.mark.slow
+def test_two_processes(config, tmp_path, capsys):
+    assert compare.main([config, "--max_steps=12", "--nproc_per_node=2", f"--out={tmp_path}"]) == 0
+    assert "xielu-seed=42: val loss" in capsys.readouterr().out
+    assert "2 process(es)" in (tmp_path / "xielu-seed=42/output.txt").read_text()

@@ -1,0 +1,146 @@
+"""tools/plot.py: the figures show what the logs and the formulas say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from activations import ACTIVATIONS
+from data import UserError
+from tools import plot
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, in order."""
+    saved = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: saved.append(figure))
+    return saved
+
+
+def curves(axis):
+    return {line.get_label(): np.column_stack(line.get_data()) for line in axis.lines}
+
+
+def band(axis, number):
+    """(lowest, highest) y of a band at its last x."""
+    points = axis.collections[number].get_paths()[0].vertices
+    last = points[points[:, 0] == points[:, 0].max()]
+    return last[:, 1].min(), last[:, 1].max()
+
+
+def test_loss(fake_run, figures):
+    runs = [
+        fake_run("relu2", 1, [5.0, 3.0, 2.0]),
+        fake_run("relu2", 2, [5.0, 3.2, 2.4]),
+        fake_run("xielu", 2, [5.0, 3.1, 2.3]),
+        fake_run("xielu", 1, [5.0, 2.9, 1.8]),
+    ]
+    plot.draw_loss([folder for folder, _ in runs], None)
+    left, right = figures[0].axes
+    assert np.allclose(curves(left)["relu2"], [[10_000, 3.1], [20_000, 2.2]])  # the untrained model is left out
+    assert np.allclose(curves(left)["xielu"], [[10_000, 3.0], [20_000, 2.05]])
+    assert np.allclose(band(left, 0), (2.0, 2.4))
+    # paired: 1.8 − 2.0 and 2.3 − 2.4
+    assert np.allclose(curves(right)["xielu"], [[10_000, -0.1], [20_000, -0.15]])
+    assert np.allclose(band(right, 0), (-0.2, -0.1))
+    assert "nats" in left.get_ylabel() and "tokens" in left.get_xlabel() and "relu2" in right.get_ylabel()
+
+
+def test_runs_that_have_not_ended_count_as_far_as_all_have_come(fake_run, figures):
+    runs = [fake_run("relu2", 1, [5.0, 3.0, 2.0, 1.0]), fake_run("relu2", 2, [5.0, 3.2, 2.4, 1.2])]
+    log = runs[0][0] / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]) + '{"kind": "val", "st')
+    plot.draw_loss([folder for folder, _ in runs], None)
+    assert np.allclose(curves(figures[0].axes[0])["relu2"], [[10_000, 3.1], [20_000, 2.2]])
+
+
+def test_scalars(fake_run, figures):
+    alphas = {"alpha_p": [[0.8, 0.8], [0.9, 0.7], [1.0, 0.5]], "alpha_n": [[0.8, 0.8], [0.8, 0.8], [0.7, 0.6]]}
+    more = {"alpha_p": [[0.8, 0.8], [0.9, 0.7], [1.2, 0.3]], "alpha_n": alphas["alpha_n"]}
+    runs = [fake_run("xielu", 1, [5.0, 3.0, 2.0], alphas), fake_run("xielu", 2, [5.0, 3.0, 2.0], more)]
+    plot.draw_scalars([folder for folder, _ in runs], None)
+    by_step, by_layer, n_by_step, n_by_layer = figures[0].axes
+    assert np.allclose(curves(by_step)["layer 1"][:, 1], [0.8, 0.9, 1.1])
+    assert np.allclose(curves(by_step)["layer 2"][:, 1], [0.8, 0.7, 0.4])
+    assert np.allclose(by_layer.lines[0].get_xydata(), [[1, 1.1], [2, 0.4]])
+    assert np.allclose(n_by_layer.lines[0].get_xydata(), [[1, 0.7], [2, 0.6]])
+    assert by_step.get_ylabel() == "xielu: αp" and n_by_step.get_ylabel() == "xielu: αn"
+
+
+def test_every_activation_is_drawn_with_its_gradient(figures):
+    plot.draw_activations(None)
+    axes = figures[0].axes
+    assert [axis.get_title() for axis in axes[: len(ACTIVATIONS)]] == list(ACTIVATIONS)
+    for axis in axes[: len(ACTIVATIONS)]:
+        drawn = curves(axis)
+        x, value = drawn["activation"].T
+        # the drawn gradient is the slope of the drawn activation, away from a kink
+        slope = np.gradient(value, x)
+        away = np.abs(x) > 0.02
+        assert np.allclose(slope[away][1:-1], drawn["gradient"][away][1:-1, 1], atol=2e-3), axis.get_title()
+    assert axes[list(ACTIVATIONS).index("swiglu")].texts[0].get_text() == "y = 1"
+    assert axes[list(ACTIVATIONS).index("xsilu")].texts[0].get_text() == "α = 0.25"
+
+
+def test_xielu_is_drawn_by_its_formula(figures):
+    plot.draw_xielu(None)
+    value, gradient = figures[0].axes
+    x, y = curves(value)["αp = 0.8, αn = 0.8 (start)"].T
+    expected = np.where(x > 0, 0.8 * x**2 + 0.5 * x, 0.8 * (np.expm1(x) - x) + 0.5 * x)
+    assert np.allclose(y, expected, atol=1e-6)
+    x, y = curves(gradient)["αp = 0.8, αn = 0.8 (start)"].T
+    assert np.allclose(y, np.where(x > 0, 1.6 * x + 0.5, 0.8 * np.expm1(x) + 0.5), atol=1e-6)
+
+
+def test_figures_are_written(fake_run, tmp_path, capsys):
+    scalars = {"alpha_p": [[0.8] * 24] * 3, "alpha_n": [[0.8] * 24] * 3}
+    folder, _ = fake_run("xielu", 1, [5.0, 3.0, 2.0], scalars)
+    for name, folders in {"loss": [folder], "scalars": [folder], "xielu": [], "activations": []}.items():
+        path = tmp_path / "new" / f"{name}.png"
+        assert plot.main([name, *map(str, folders), f"--out={path}"]) == 0
+        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
+        assert str(path) in capsys.readouterr().out
+
+
+def test_the_same_figure_twice_is_the_same_file(tmp_path):
+    for name in ("one.png", "two.png"):
+        assert plot.main(["xielu", f"--out={tmp_path / name}"]) == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_mistakes(fake_run, tmp_path, capsys):
+    (relu2, _), (xielu, _) = fake_run("relu2", 1, [5.0, 3.0, 2.0]), fake_run("xielu", 1, [5.0, 3.0])
+    (again, _) = fake_run("relu2", 1, [5.0, 3.0, 2.0], folder="again")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(json.dumps([]))
+    for arguments, message in [
+        ([], "say what to draw"),
+        (["losses"], "one of loss, scalars"),
+        (["loss"], "give the folders of runs"),
+        (["loss", tmp_path / "nothing"], "no folder of a run"),
+        (["loss", tmp_path / "broken"], "no folder of a run"),
+        (["loss", relu2, again], "is there twice"),
+        (["loss", xielu], "too few validations"),
+        (["scalars", relu2], "no trained scalars"),
+        (["scalars", relu2, xielu], "differ by their seed alone"),
+        (["xielu", relu2], "is not understood"),
+        (["loss", relu2, "--out=figure.pdf"], "is not understood"),
+    ]:
+        assert plot.main(list(map(str, arguments))) == 2
+        stderr = capsys.readouterr().err
+        assert message in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot.new_figure(1, 1, 4, 4)
+
+
+def test_value_and_gradient_of_a_gated_one():
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    value, gradient = plot.value_and_gradient(ACTIVATIONS["glu"].module(), x, gated=True)
+    assert torch.allclose(value, torch.sigmoid(x))
+    assert torch.allclose(gradient, torch.sigmoid(x) * (1 - torch.sigmoid(x)))
