@@ -20,6 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
+
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 # magic number → (version, dtype of a token)
@@ -28,6 +33,19 @@ FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 
 class UserError(Exception):
     """A mistake that the user can mend: its text is one line that says what is wrong and how to fix it."""
+
+
+def lock_folder(folder, wait=False):
+    """Make a folder and keep others out of it: returns an open file that has its lock until it is closed, or
+    the process dies, however it dies. UserError if another process has it, or else wait for its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"another process writes to {folder}: wait for its end, or choose another --out") from None
+    return file
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,7 +126,10 @@ def read_meta(folder):
             f"{path} is malformed ({error!r}): prepare the data again, or delete it to train without"
         ) from None
     for split in ("train", "val"):
-        told, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in find_shards(folder, split))
+        shards = find_shards(folder, split)
+        if any(shard.dtype != token_dtype(meta["vocab_size"]) for shard in shards):
+            raise UserError(f"{path} tells of another tokenizer than made the {split} shards: prepare the data again")
+        told, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in shards)
         if told != held:
             raise UserError(
                 f"{path} tells of {told} {split} tokens, but the shards hold {held}: prepare the data again"

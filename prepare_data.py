@@ -10,6 +10,7 @@ shards for any number of workers.
 """
 
 import argparse
+import codecs
 import glob
 import hashlib
 import io
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import HEADER_BYTES, UserError, get_tokenizer, prefetched, read_meta, shard_header, token_dtype
+from data import HEADER_BYTES, UserError, get_tokenizer, lock_folder, prefetched, read_meta, shard_header, token_dtype
 
 PIECE = 2**20  # characters of text that are tokenised at once
 DEFAULT_VAL_TOKENS = 1_000_000
@@ -77,9 +78,15 @@ def document(text, size):
 
 def read_txt(path, skipped):
     """One document, read piece by piece, since it may be larger than memory."""
+
+    def replace(error):
+        skip(skipped, "bytes that are no UTF-8, for which U+FFFD stands", f"{path}")
+        return "\ufffd", error.end
+
+    codecs.register_error("replaced", replace)
     raw, stream = open_input(path)
     before = 0
-    for number, part in enumerate(cut(io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="").read)):
+    for number, part in enumerate(cut(io.TextIOWrapper(stream, "utf-8-sig", "replaced", newline="").read)):
         yield Piece(part, number == 0, raw.tell() - before)
         before = raw.tell()
 
@@ -131,8 +138,11 @@ def open_input(path):
 
 
 def skip(skipped, reason, where):
-    """Count an input that cannot be used under its reason, and keep where the first was."""
-    skipped.setdefault(reason, [0, where])[0] += 1
+    """Count an input that cannot be used under its reason, and keep where the first few were."""
+    places = skipped.setdefault(reason, {"times": 0, "where": []})
+    places["times"] += 1
+    if len(places["where"]) < 10:
+        places["where"].append(where)
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -153,10 +163,11 @@ def read_files(paths, skipped):
             skip(skipped, f"unreadable files ({type(error).__name__})", str(path))
 
 
-def find_files(source):
+def find_files(source, skipped):
     """The text files that a file, a folder or a glob names, sorted; UserError if there are none."""
     if source and Path(source).is_dir():
-        found = map(str, Path(source).rglob("*"))
+        walk = os.walk(source, onerror=lambda error: skip(skipped, "unreadable folders", error.filename))
+        found = [os.path.join(folder, name) for folder, _, names in walk for name in names]
     else:
         found = [source] if Path(source).is_file() else glob.glob(source, recursive=True)
     found = [path for path in found if os.path.isfile(path)]
@@ -202,7 +213,7 @@ def open_source(source, subset, skipped):
         return read_stdlib(skipped), size, f"stdlib of Python {platform.python_version()}"
     if source == "fineweb-edu":
         return read_fineweb_edu(subset), None, f"HuggingFaceFW/fineweb-edu {subset}"
-    files = find_files(source)
+    files = find_files(source, skipped)
     return read_files(files, skipped), sum(os.path.getsize(path) for path in files), source
 
 
@@ -310,7 +321,8 @@ def write_shards(stream, out, encoding, val_tokens, shard_tokens):
 
 
 def claim(out, settings):
-    """Make `out` ready to be written, or return False if it is complete; UserError if it holds something else.
+    """Make `out` ready to be written and return its lock, or None if it is complete; UserError if it holds something
+    else, or another process writes to it.
 
     Until all shards are written `out` holds a meta.json.tmp, by which an interrupted run's leftovers are known as
     ours and removed.
@@ -318,15 +330,15 @@ def claim(out, settings):
     unfinished = out / "meta.json.tmp"
     if meta := read_meta(out):
         if meta.get("settings") == settings:
-            return False
+            return None
         raise UserError(f"{out} already holds data prepared otherwise: choose another --out, or delete it")
     if list(out.glob("*.bin")) and not unfinished.exists():
         raise UserError(f"{out} already holds shards from elsewhere: choose another --out, or delete them")
-    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
     if unfinished.exists():
         discard(out)
     unfinished.write_text(json.dumps(settings), "utf-8")
-    return True
+    return lock
 
 
 def discard(out):
@@ -395,7 +407,8 @@ def prepare(args):
     encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source
-    if not claim(args.out, settings):
+    lock = claim(args.out, settings)
+    if not lock:
         print(f"{args.out} is complete already; delete it to read the source again")
         return
 
@@ -415,8 +428,9 @@ def prepare(args):
         stream.put_back(head)
     splits = write_shards(stream, args.out, encoding, val_tokens, args.shard_tokens)
 
-    for reason, (times, first) in skipped.items():
-        print(f"skipped {times} {reason}, the first {first}", file=sys.stderr)
+    for reason, places in skipped.items():
+        names = ", ".join(places["where"]) + (", …" if places["times"] > len(places["where"]) else "")
+        print(f"skipped {places['times']} {reason}: {names}", file=sys.stderr)
     if min(splits[split]["tokens"] for split in splits) < 2:
         discard(args.out)
         total = splits["val"]["tokens"] + splits["train"]["tokens"]
@@ -435,6 +449,7 @@ def prepare(args):
     (args.out / "meta.json.tmp").replace(args.out / "meta.json")
     for split, counts in splits.items():
         print(f"{split}: {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, {counts['documents']:,} documents")
+    lock.close()
     print(f"written to {args.out}")
 
 

@@ -16,9 +16,11 @@ import math
 import os
 import platform
 import runpy
+import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Corpus, UserError, bits_per_byte, prefetched, read_meta, validation_batches
+from data import Corpus, UserError, bits_per_byte, lock_folder, prefetched, read_meta, validation_batches
 from model import IGNORE, Llama, ModelConfig
 from xielu import can_compile
 
@@ -39,6 +41,12 @@ RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+# A step whose loss or gradient is not finite is skipped; after this many in a row the run stops.
+BAD_STEPS = 10
+# A loss this many times its running average is called a spike.
+SPIKE = 1.5
 
 # ---------------------------------------------------------------------------------------------------------------
 # Config
@@ -95,12 +103,14 @@ class Config:
         "auto", "auto takes bfloat16 where the hardware computes in it", choices=("auto", "float32", "bfloat16")
     )
     compile: bool = key(True, "compile the model; the first step takes longer, the others are faster")
+    deterministic: bool = key(False, "the same losses, bit for bit, on CUDA too, and slower; a CPU always does so")
     # run
     out: str = key("", "folder of the run; default out/NAME, after the config file")
     eval_every: int = key(100, "steps between validations (also at the first and the last step)", COUNT)
     eval_tokens: int = key(1_000_000, "validation tokens to predict, at most all", COUNT)
     log_every: int = key(10, "steps between lines of the log", COUNT)
     checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)", COUNT)
+    keep_checkpoints: int = key(1, "ckpt.pt is the newest; with 3, say, the two before it are kept as well", COUNT)
     resume: bool = key(False, "continue the run in `out`, from scratch if it has no checkpoint")
 
 
@@ -281,9 +291,11 @@ PEAK_FLOPS = {
 }
 
 
-def be_deterministic(device):
-    """On a CPU: the same losses, bit for bit, every time. Compiled code does not give that by itself."""
-    if device.type == "cpu":
+def be_deterministic(device, wanted=False):
+    """The same losses, bit for bit, every time: always on a CPU, where it costs nothing (though compiled code does
+    not give it by itself), elsewhere if wanted."""
+    if device.type == "cpu" or wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -320,40 +332,67 @@ def git_commit():
 def write_atomically(path, write):
     """write(file) under a temporary name, then rename: the file at `path` is always a whole one."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def load_checkpoint(path):
-    """What save_checkpoint saved, or None if there is no file; UserError if it is damaged or something else."""
-    if not path.exists():
-        return None
+CHECKPOINT_KEYS = {"model", "optimizer", "step", "seconds", "loss_average", "config", "from_file", "data"}
+
+
+def read_checkpoint(path):
+    """What save_checkpoint saved; ValueError with a reason if it is damaged or something else."""
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that torch.save wrote
             raise ValueError("a checksum does not match")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not {"model", "optimizer", "step", "seconds", "config", "from_file"} <= set(checkpoint):
+        if not CHECKPOINT_KEYS <= set(checkpoint):
             raise ValueError("it is no checkpoint of train.py")
+        return checkpoint
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path} cannot be read ({reason}): delete it, or start a new run") from None
-    return checkpoint
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(reason[0]) from None
 
 
-def save_checkpoint(path, model, optimizer, config, from_file, step, seconds):
-    """All that must survive a restart. The data order is a function of the step and nothing else is random."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "seconds": seconds,
-        "config": asdict(config),
-        "from_file": asdict(from_file),
-    }
-    write_atomically(path, lambda file: torch.save(state, file))
+def kept_checkpoints(out):
+    """The numbered checkpoints in a run's folder, newest first; ckpt.pt is another name of the first."""
+    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
+
+
+def load_checkpoint(out):
+    """The newest checkpoint of a run, or None if it has none. If it is damaged, a UserError offers the one before."""
+    path = out / "ckpt.pt"
+    if not path.exists():
+        return None
+    try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        hint = "delete it to start over"
+        for older in kept_checkpoints(out):
+            try:
+                read_checkpoint(older)
+                hint = f"go on from the one before with  cp {older} {path}"
+                break
+            except ValueError:
+                continue
+        raise UserError(f"checkpoint {path} cannot be read ({error}): {hint}") from None
+
+
+def save_checkpoint(out, state, keep):
+    """Write ckpt.pt and, to keep several, another name for it by its step; remove those beyond `keep`."""
+    write_atomically(out / "ckpt.pt", lambda file: torch.save(state, file))
+    if keep > 1:
+        numbered = out / f"ckpt_{state['step']:08d}.pt"
+        numbered.unlink(missing_ok=True)
+        os.link(out / "ckpt.pt", numbered)
+    for old in kept_checkpoints(out)[keep if keep > 1 else 0 :]:
+        old.unlink()
 
 
 def read_log(path, step):
@@ -362,7 +401,7 @@ def read_log(path, step):
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-            if record["kind"] in ("train", "val") and record["step"] <= step:
+            if record["kind"] in ("train", "val", "bad") and record["step"] <= step:
                 records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
@@ -388,9 +427,10 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
 
 
-def train_step(model, optimizer, batch, lr, config):
-    """One update on this process's rows (rows, seq_len + 1) of the batch; returns (their mean loss, the norm of the
-    whole batch's gradient), as floats. Gradients are exchanged once, in the backward of the last micro-batch."""
+def compute_gradient(model, batch, config):
+    """Leave the clipped gradient of the whole batch in the model, from this process's rows (rows, seq_len + 1) of it;
+    returns (their mean loss, the norm of the gradient), as floats. Gradients are exchanged once, in the backward of
+    the last micro-batch."""
     micro_batches = batch.split(config.micro_batch_size)
     mean_loss = torch.zeros((), device=batch.device)
     for number, micro_batch in enumerate(micro_batches, 1):
@@ -400,35 +440,69 @@ def train_step(model, optimizer, batch, lr, config):
         loss.backward()
         mean_loss += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    return mean_loss.item(), norm.item()
+
+
+def update(optimizer, lr):
+    """One step of the optimizer with the gradient that is there."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets, and stay so
-    return mean_loss.item(), norm.item()
 
 
 @torch.no_grad()
 def evaluate(model, corpus, config, device):
-    """Mean loss in nats a token over the first eval_tokens validation tokens, each process taking its share."""
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
+    """Mean loss in nats a token over the first eval_tokens validation tokens, each process taking its share; None if a
+    signal to stop came meanwhile."""
+    total = torch.zeros(3, dtype=torch.float64)  # summed loss, tokens, processes that were told to stop
     batches = validation_batches(corpus, config.eval_tokens, config.micro_batch_size, IGNORE, RANK, WORLD)
     for inputs, targets in batches:
+        if stop_signal:
+            break
         loss = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), reduction="sum")
-        total += torch.tensor([loss.item(), (targets != IGNORE).sum()], dtype=torch.float64)
+        total += torch.tensor([loss.item(), (targets != IGNORE).sum(), 0], dtype=torch.float64)
+    total[2] = bool(stop_signal)
     if WORLD > 1:
         total = total.to(device)
         dist.all_reduce(total)
-    loss, tokens = total.tolist()
-    return loss / tokens
+    loss, tokens, stopped = total.tolist()
+    return None if stopped else loss / tokens
 
 
-def mean_over_processes(value, device):
-    """The mean of a float over all processes."""
+def agree(loss, device):
+    """(the loss meaned over all processes, the signal that told one of them to stop, or 0), the same on each."""
     if WORLD == 1:
-        return value
-    total = torch.tensor(value, device=device)
+        return loss, stop_signal
+    total = torch.tensor([loss / WORLD, bool(stop_signal)], dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return total.item() / WORLD
+    loss, stopped = total.tolist()
+    return loss, (stop_signal or signal.SIGTERM) if stopped else 0
+
+
+# The signal that told this process to stop, or 0: the loop looks at it between steps, since it must not end in the
+# middle of an exchange with the others.
+stop_signal = 0
+
+
+def ask_to_stop(number, frame):
+    """Signal handler: note the signal; a second one ends a lone process at once."""
+    global stop_signal
+    if stop_signal and WORLD == 1:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    stop_signal = number
+
+
+def join_processes(device):
+    """Meet the other processes. torchrun's store outlives a restart, with the addresses of the dead in it: so each
+    attempt gets a corner of its own."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"attempt{RESTARTS}", dist.TCPStore(address, port, WORLD, is_master=False))
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
 
 
 def say(text):
@@ -464,8 +538,14 @@ def open_data(config):
     return corpus, validation, meta
 
 
+def describe_data(corpus, validation, meta):
+    """What must not change under a run."""
+    tokens = [sum(shard.tokens for shard in split.shards) for split in (corpus, validation)]
+    return {"tokenizer": meta["tokenizer"] if meta else None, "train tokens": tokens[0], "val tokens": tokens[1]}
+
+
 def open_log(out, config, device, records):
-    """Make the run's folder with its config.json and a log.jsonl of these records, and open that for more."""
+    """Write config.json and a log.jsonl of these records into the run's folder, and open that, unbuffered, for more."""
     about = {
         "config": asdict(config),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
@@ -473,32 +553,35 @@ def open_log(out, config, device, records):
         "commit": git_commit(),
     }
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
     write_atomically(out / "log.jsonl", lambda file: file.write(lines.encode()))
-    return open(out / "log.jsonl", "a", buffering=1, encoding="utf-8")
+    return open(out / "log.jsonl", "ab", buffering=0)
 
 
 def train(from_file, options):
-    """Run, or go on with, the training that a config file and a command line describe."""
+    """Run, or go on with, the training that a config file and a command line describe. Returns the exit status: 0, 3
+    where the loss stays other than finite, 128 + signal where a signal stopped it."""
     # What to run
     config = replace(from_file, **options)
-    out = Path(config.out)
-    checkpoint = load_checkpoint(out / "ckpt.pt") if config.resume else None
+    out, resume = Path(config.out), config.resume or RESTARTS > 0
+    lock = lock_folder(out) if RANK == 0 and out.exists() else None
+    checkpoint = load_checkpoint(out) if resume else None
     if checkpoint:
         config = resumed_config(checkpoint, from_file, options)
     model_config = check(config, WORLD)
-    if RANK == 0 and not config.resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
+    if RANK == 0 and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
         raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
     start = checkpoint["step"] if checkpoint else 0
     seconds = checkpoint["seconds"] if checkpoint else 0.0  # spent in training steps
+    average = checkpoint["loss_average"] if checkpoint else None  # of the loss, over the last 50 steps or so
+    saved = checkpoint["step"] if checkpoint else None  # the step of the newest checkpoint
     if start > config.max_steps:
         raise UserError(f"the run in {out} is at step {start}, beyond max_steps={config.max_steps}: raise it")
     records = read_log(out / "log.jsonl", start) if checkpoint else []
     validated = {record["step"] for record in records if record["kind"] == "val"}
     if start == config.max_steps and start in validated:
         say(f"{out} is finished: step {start} of {config.max_steps}")
-        return
+        return 0
 
     # What to run it on
     device = pick_device(config.device)
@@ -513,11 +596,15 @@ def train(from_file, options):
     if device.type == "cpu" and sizes.num_parameters() > 2e8:
         say("note: no GPU is used, and a model of this size wants several")
     corpus, validation, meta = open_data(config)
-    be_deterministic(device)
+    data = describe_data(corpus, validation, meta)
+    for name, then in (checkpoint["data"] if checkpoint else {}).items():
+        if data[name] != then:
+            raise UserError(f"{config.data} has changed since the run began: {name} were {then}, now {data[name]}")
+    be_deterministic(device, config.deterministic)
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_processes(device)
         states = [None] * WORLD
         dist.all_gather_object(states, (start, sorted(validated)))
         if states != states[:1] * WORLD:
@@ -555,53 +642,123 @@ def train(from_file, options):
     batches = prefetched(load_batch, range(start, config.max_steps))
     peak = peak_flops(device, dtype)
     recent = []  # seconds of the steps since the last line of the log
-    log = open_log(out, config, device, records) if RANK == 0 else None
+    if RANK == 0:
+        lock = lock or lock_folder(out)
+        log = open_log(out, config, device, records)
+    unwritten = bytearray()  # lines of the log that wait for room on the disk
 
     def write_log(kind, step, **values):
-        if log:
-            record = {"kind": kind, "step": step, "tokens": step * config.tokens_per_step, "seconds": seconds, **values}
-            log.write(json.dumps(record) + "\n")
+        if RANK:
+            return
+        # what is not finite is no number in JSON
+        values = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        record = {"kind": kind, "step": step, "tokens": step * config.tokens_per_step, "seconds": seconds, **values}
+        unwritten.extend(json.dumps(record).encode() + b"\n")
+        try:
+            while unwritten:
+                del unwritten[: log.write(unwritten)]
+        except OSError as error:
+            say(f"warning: {out}/log.jsonl cannot be written ({error.strerror}); its lines are kept for later")
 
-    # `step` counts the updates done. Each round saves, evaluates, then updates; the round after the last update
-    # only saves and evaluates.
+    def save(step):
+        """Write a checkpoint; whether it could be written (processes other than the first believe so)."""
+        nonlocal saved
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "seconds": seconds,
+            "loss_average": average,
+            "config": asdict(config),
+            "from_file": asdict(from_file),
+            "data": data,
+        }
+        try:
+            if RANK == 0:
+                os.fsync(log.fileno())  # the log has all lines up to this step
+                save_checkpoint(out, state, config.keep_checkpoints)
+        except (OSError, RuntimeError) as error:
+            # torch puts an error of its own before the system's
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+            say(f"warning: no checkpoint at step {step} ({reason}); {newest()}, and training goes on")
+            return False
+        saved = step
+        return True
+
+    def newest():
+        return "there is no checkpoint" if saved is None else f"the last checkpoint is that of step {saved}"
+
+    # `step` counts the updates done. Each round evaluates, computes a gradient, saves, then updates: what is saved has
+    # shown a finite loss and gradient. The round after the last update only saves and evaluates.
+    bad = 0  # steps in a row whose loss or gradient was not finite
     for step in range(start, config.max_steps + 1):
         last = step == config.max_steps
-        if RANK == 0 and step > start and (last or step % config.checkpoint_every == 0):
-            save_checkpoint(out / "ckpt.pt", model, optimizer, config, from_file, step, seconds)
+        complete = last and (saved == step or save(step))
         if step not in validated and (step == 0 or last or step % config.eval_every == 0):
             loss = evaluate(model, validation, config, device)
-            perplexity = math.exp(min(loss, 700))  # e^709 is the largest float
-            bpb = bits_per_byte(loss, meta)
-            write_log("val", step, loss=loss, perplexity=perplexity, bits_per_byte=bpb, **model.effective_alphas())
-            bpb = "" if bpb is None else f"  bits/byte {bpb:.4f}"
-            say(f"step {step}/{config.max_steps}  val loss {loss:.4f}  perplexity {perplexity:.3f}{bpb}")
+            if loss is not None:
+                validated.add(step)
+                perplexity = math.exp(min(loss, 700))  # e^709 is the largest float
+                bpb = bits_per_byte(loss, meta)
+                write_log("val", step, loss=loss, perplexity=perplexity, bits_per_byte=bpb, **model.effective_alphas())
+                bpb = "" if bpb is None else f"  bits/byte {bpb:.4f}"
+                say(f"step {step}/{config.max_steps}  val loss {loss:.4f}  perplexity {perplexity:.3f}{bpb}")
+        if last and step not in validated:
+            say(f"stopped at step {step}, checkpoint saved")
+            return 128 + (stop_signal or signal.SIGTERM)
         if last:
             break
 
         began = time.perf_counter()
         batch = next(batches).to(device, non_blocking=True)
+        loss, grad_norm = compute_gradient(trained, batch, config)
+        loss, stop = agree(loss, device)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite and saved != step and (stop or (step > 0 and step % config.checkpoint_every == 0)):
+            saving = time.perf_counter()
+            save(step)
+            began += time.perf_counter() - saving
+        if stop:
+            say(f"stopped at step {step}, " + ("checkpoint saved" if saved == step else newest()))
+            return 128 + stop
         lr = learning_rate(config, step)
-        loss, grad_norm = train_step(trained, optimizer, batch, lr, config)
+        if finite:
+            update(optimizer, lr)
+        optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets, and stay so
         recent.append(time.perf_counter() - began)
         seconds += recent[-1]
 
         done = step + 1
-        if done == 1 or done == config.max_steps or done % config.log_every == 0:
-            loss = mean_over_processes(loss, device)
+        bad = 0 if finite else bad + 1
+        spike = finite and average is not None and loss > SPIKE * average
+        if finite:
+            average = loss if average is None else 0.98 * average + 0.02 * loss
+        else:
+            write_log("bad", done, loss=loss, grad_norm=grad_norm)
+            say(f"step {done}/{config.max_steps}  loss {loss:.4f}  grad {grad_norm:.3f}: not finite, update left out")
+        if bad == BAD_STEPS:
+            say(f"stopped at step {done}: the loss or its gradient was not finite {bad} times in a row; {newest()}")
+            return 3
+        if finite and (spike or done == 1 or done == config.max_steps or done % config.log_every == 0):
             tokens_per_s = config.tokens_per_step * len(recent) / sum(recent)
             mfu = flops_per_token * tokens_per_s / (peak * WORLD) if peak else None
-            write_log("train", done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, mfu=mfu)
+            values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": tokens_per_s, "mfu": mfu}
+            write_log("train", done, **values, **({"spike": True} if spike else {}))
             line = f"step {done}/{config.max_steps}  loss {loss:.4f}  lr {lr:.2e}  grad {grad_norm:.3f}"
             if step > start:
                 left = (config.max_steps - done) * config.tokens_per_step / tokens_per_s
                 line += (
                     f"  {tokens_per_s:,.0f} tokens/s{f'  mfu {mfu:.1%}' if peak else ''}  eta {format_seconds(left)}"
                 )
-            say(line)
+            say(line + ("  spike" if spike else ""))
             recent.clear()
         elif step == start:
             recent.clear()  # the first step compiles, and would spoil the rate of those that follow
+    if RANK == 0 and (unwritten or not complete):
+        raise UserError(f"{out} is trained, but not all of it is written: make room on the disk, then --resume")
     say(f"finished in {format_seconds(seconds)} of training: {out}")
+    return 0
 
 
 def main(argv):
@@ -609,24 +766,27 @@ def main(argv):
         print_help()
         return 0
     try:
-        train(*read_config(argv))
+        return train(*read_config(argv))
     except (UserError, OSError) as error:
         if RANK:  # the first process speaks, and torchrun then ends this one; a node where it cannot speaks itself
             time.sleep(5)
         if LOCAL_RANK == 0:
             print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         return 2
-    except KeyboardInterrupt:
-        say("interrupted: --resume goes on from the last checkpoint")
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        status = 1
     if WORLD > 1:
         # End without taking the process group apart: its destructor joins gloo's thread while holding Python's
         # global lock, and that thread may be waiting for the lock
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

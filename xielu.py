@@ -158,10 +158,18 @@ def _backward(grad, x, alpha_p, alpha_n, beta):
     return grad_x.to(x.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
 
 
-# a·b + c in one instruction on a CPU; a GPU does so anyway
-_contract = {"cpp.enable_floating_point_contract_flag": "fast"}
-_compiled_forward = torch.compile(_forward, options=_contract)
-_compiled_backward = torch.compile(_backward, options=_contract)
+@functools.cache
+def compiled(function):
+    """torch.compile(function), with a·b + c in one instruction on a CPU, as a GPU does anyway. Not before it is needed:
+    loading the compiler takes longer than loading PyTorch."""
+    return torch.compile(function, options={"cpp.enable_floating_point_contract_flag": "fast"})
+
+
+def call_compiled(function, *arguments):
+    """function(*arguments), compiled, or as a part of the compiled model that calls it."""
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    return compiled(function)(*arguments)
 
 
 class _FusedXIELU(torch.autograd.Function):
@@ -169,12 +177,12 @@ class _FusedXIELU(torch.autograd.Function):
     def forward(ctx, x, alpha_p, alpha_n, beta):
         ctx.save_for_backward(x, alpha_p, alpha_n)
         ctx.beta = beta
-        return _compiled_forward(x, alpha_p, alpha_n, beta)
+        return call_compiled(_forward, x, alpha_p, alpha_n, beta)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *_compiled_backward(grad, *ctx.saved_tensors, ctx.beta), None
+        return *call_compiled(_backward, grad, *ctx.saved_tensors, ctx.beta), None
 
 
 @functools.cache
@@ -280,14 +288,10 @@ def _inverted_backward(grad, y, bits, alpha_p, alpha_n, beta):
     return grad_x.to(y.dtype), grad_p, grad_n
 
 
-_compiled_inverted_forward = torch.compile(_inverted_forward, options=_contract)
-_compiled_inverted_backward = torch.compile(_inverted_backward, options=_contract)
-
-
 class _InvertedXIELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha_p, alpha_n, beta):
-        y, bits = _compiled_inverted_forward(x, alpha_p, alpha_n, beta)
+        y, bits = call_compiled(_inverted_forward, x, alpha_p, alpha_n, beta)
         ctx.save_for_backward(y, bits, alpha_p, alpha_n)
         ctx.beta = beta
         return y
@@ -295,7 +299,7 @@ class _InvertedXIELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *_compiled_inverted_backward(grad, *ctx.saved_tensors, ctx.beta), None
+        return *call_compiled(_inverted_backward, grad, *ctx.saved_tensors, ctx.beta), None
 
 
 def xielu_inverted(x, alpha_p, alpha_n, beta=0.5):

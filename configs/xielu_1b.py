@@ -6,6 +6,11 @@ python prepare_data.py fineweb-edu --subset=sample-350BT --tokenizer=tekken --to
     --out=data/fineweb-edu-tekken
 
 torchrun --nproc_per_node=8 train.py configs/xielu_1b.py
+
+On a SLURM cluster, with 180 s of warning, requeued until it is finished (the whole script is in the README):
+
+#SBATCH --requeue --open-mode=append --signal=TERM@180
+srun torchrun … --shutdown-timeout=150 --max-restarts=3 train.py configs/xielu_1b.py --resume
 """
 
 data = "data/fineweb-edu-tekken"

@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runs import TINY  # noqa: E402
 from train import Config  # noqa: E402
 
 # Beyond this many variants of one function torch.compile runs it uncompiled, and a test of compiled code tests nothing.
@@ -24,6 +25,14 @@ def corpus(tmp_path_factory):
     line = [sys.executable, ROOT / "prepare_data.py", folder / "text.txt", "--tokenizer=bytes", f"--out={folder}/bytes"]
     subprocess.run(line, check=True, capture_output=True)
     return folder / "bytes"
+
+
+@pytest.fixture
+def config(tmp_path, corpus):
+    """A config file of a tiny run, whose folder is tmp_path/out/tiny."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY + f'data = "{corpus}"\nout = "{tmp_path}/out/tiny"\n')
+    return path
 
 
 @pytest.fixture

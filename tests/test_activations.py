@@ -31,8 +31,9 @@ def make(name, alpha=None):
 def test_the_table_has_every_name():
     ungated = "relu gelu silu relu2 xielu xiprelu xiep atlu xsilu xgelu xatlu".split()
     gated = "swiglu geglu atglu glu gglu aglu".split()
-    assert set(ACTIVATIONS) == {*ungated, *gated, *("x" + name for name in gated)}
-    assert all(ACTIVATIONS[name].gated == (name not in ungated) for name in ACTIVATIONS)
+    gated += ["x" + name for name in gated]
+    assert set(ACTIVATIONS) >= {*ungated, *gated}  # a reader may have added one
+    assert all(ACTIVATIONS[name].gated == (name in gated) for name in [*ungated, *gated])
     assert all(ACTIVATIONS[name].formula for name in ACTIVATIONS)
 
 

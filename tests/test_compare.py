@@ -10,44 +10,24 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import train
+from data import Corpus
 from model import Llama
+from runs import ROOT, TINY
 from tools import compare
 from tools.compare import Run, mean_interval, read_grid, report, student_t, summarize, verdict
-
-ROOT = Path(__file__).parent.parent
-TINY = """
-dim = 32
-n_layers = 2
-n_heads = 2
-n_kv_heads = 2
-ffn_dim = 48
-seq_len = 32
-tokens_per_step = 256
-micro_batch_size = 4
-max_steps = 100
-warmup_steps = 3
-decay_steps = 4
-eval_every = 10
-eval_tokens = 1000
-log_every = 1
-checkpoint_every = 4
-compile = False
-device = "cpu"
-dtype = "float32"
-"""
 
 
 @pytest.fixture(scope="module")
 def config(corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("grid") / "tiny.py"
-    path.write_text(TINY + f'data = "{corpus}"\n')
+    changes = {"activation": "xielu", "max_steps": 80, "eval_every": 40, "micro_batch_size": 1, "data": str(corpus)}
+    path.write_text(TINY + "".join(f"{name} = {value!r}\n" for name, value in changes.items()))
     return str(path)
 
 
@@ -100,11 +80,11 @@ def test_mean_interval():
         (0.5, [0.0, 1.0], "contains zero"),
         (0.5, [0.4, 0.6], "does not contain zero: its loss is higher"),
         (-0.5, [-0.6, -0.4], "does not contain zero: its loss is lower"),
-        (0.0, [0.0, 0.0], "equal in every seed"),
+        (0.0, [0.0, 0.0], "equal for every seed"),
     ],
 )
 def test_verdict(difference, interval, words):
-    row = {"name": "b", "reference": "a", "difference": difference, "interval": interval}
+    row = {"name": "b", "reference": "a", "difference": difference, "interval": interval, "paired_seeds": [1, 2]}
     assert words in verdict(row) and verdict(row).startswith("b − a: ")
 
 
@@ -135,10 +115,12 @@ def test_table(fake_run):
     assert relu2["interval"] == pytest.approx([0.2 - half, 0.2 + half])
     assert swiglu["seeds"] == [1, 3] and swiglu["difference"] == pytest.approx(0)
     assert swiglu["interval"] == pytest.approx([-12.7062 * 0.5, 12.7062 * 0.5], rel=1e-4)
-    text = report([xielu, relu2, swiglu], {"gelu-seed=2": "status 3"})
+    assert swiglu["paired_seeds"] == [1, 3]
+    text = report([xielu, relu2, swiglu], {"gelu-seed=2": "its last validation loss is not finite"})
     assert "| 3.2000 ± 1.0536 |" in text and "+0.2000 [-0.0484, +0.4484]" in text
     assert "- relu2 − xielu: +0.2000" in text and text.count("contains zero") == 2
-    assert "gelu-seed=2 is not in the table" in text
+    assert "gelu-seed=2 is not in the table: its last validation loss is not finite" in text
+    assert "over 3 seeds" in text and "over 2 seeds" in text
     lengths = {len(line) for line in text.splitlines() if line.startswith("|")}
     assert len(lengths) == 1  # aligned
 
@@ -158,6 +140,38 @@ def test_other_keys_make_rows_and_compare_like_with_like(fake_run):
     alone = [run for run in runs if run.config.activation == "relu2"]
     rows = {row["name"]: row for row in summarize(alone)}  # one activation: the first row is what all are held against
     assert rows["relu2 lr=0.002"]["difference"] == -1.25 and rows["relu2 lr=0.002"]["reference"] == "relu2 lr=0.001"
+
+
+def test_time_that_is_left(fake_run, tmp_path, monkeypatch, capsys):
+    """A run that goes on from a checkpoint before its last log line does not count backwards."""
+    folder, config = fake_run("relu2", 1, [5.0] * 11)  # 100 steps
+    records = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    (folder / "log.jsonl").write_text("".join(records[:10]))  # cut off at step 50
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(compare.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(compare, "show", lambda text, passing=False: print(text))
+
+    def resumes_at_30(run, world, lock, on_step):
+        for step in range(30, 101, 10):
+            on_step(step)
+        (folder / "log.jsonl").write_text("".join(records))
+        return 0, ""
+
+    monkeypatch.setattr(compare, "execute", resumes_at_30)
+    assert compare.run_all([Run({"activation": "relu2"}, config, [], 1000, 6000)], 1, None) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert "step 30/100, starting" in lines[1]
+    # each call of the clock is 10 s later: after 10 of the 70 steps, 6 times as long as it took
+    assert "step 40/100, 2m00s left of all" in lines[2] and "step 100/100, 0m00s left" in lines[-2]
+
+
+def test_a_final_loss_counts_whatever_the_status(fake_run, monkeypatch, capsys):
+    folder, config = fake_run("relu2", 1, [5.0, 4.0, 3.0])
+    log = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").unlink()
+    monkeypatch.setattr(compare, "execute", lambda *_: ((folder / "log.jsonl").write_text(log) * 0 + 1, "at the end"))
+    assert compare.run_all([Run({"activation": "relu2"}, config, [], 1000, 6000)], 1, None) == {}
+    assert "val loss 3.0000" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ grid
@@ -194,6 +208,7 @@ def test_grid(config, tmp_path):
         (["--dim=32,64"], "differ by"),
         (["--ffn_dim=50", "--activation=relu2,swiglu"], "does not divide by 3"),
         (["more.py"], "give one config file"),
+        (["--data=nowhere"], "there is no data folder nowhere"),
     ],
 )
 def test_mistakes(config, tmp_path, capsys, arguments, message):
@@ -208,8 +223,8 @@ def test_dry_run(config, tmp_path, capsys):
     grid = [config, "--activation=xielu,relu2,swiglu", "--seed=1,2", f"--out={tmp_path}/out", "--dry_run"]
     assert compare.main(grid) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and "18.0% of parameters" not in lines[-1] and lines[-1].startswith("spread: 0.0")
-    assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs a token +25,600 tokens$", lines[5])
+    assert len(lines) == 7 and lines[-1].startswith("spread: 0.0")
+    assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs a token +20,480 tokens$", lines[5])
     assert not (tmp_path / "out").exists()
     assert compare.main([*grid, "--dim=32,64"]) == 2
     assert compare.main([*grid, "--dim=32,64", "--unmatched"]) == 0
@@ -223,7 +238,7 @@ def test_a_folder_of_another_config_is_refused(config, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(saved))
     compare.check_folder(run)
     (longer,) = read_grid([config, "--max_steps=50"], tmp_path, 1)
-    with pytest.raises(compare.UserError, match="holds a run with max_steps=100, not 50"):
+    with pytest.raises(compare.UserError, match="holds a run with max_steps=80, not 50"):
         compare.check_folder(longer)
     (folder / "config.json").write_text("{")
     with pytest.raises(compare.UserError, match="cannot be read"):
@@ -237,7 +252,7 @@ def test_a_folder_of_another_config_is_refused(config, tmp_path, capsys):
 def uninterrupted(config, tmp_path_factory):
     """(the arguments of a comparison, its folder)"""
     out = tmp_path_factory.mktemp("whole") / "out"
-    grid = [config, "--activation=xielu,swiglu", "--seed=1,2"]
+    grid = [config, "--activation=xsilu,swiglu", "--seed=1,2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         assert compare.main([*grid, f"--out={out}"]) == 0
@@ -246,12 +261,12 @@ def uninterrupted(config, tmp_path_factory):
 
 def test_what_a_comparison_leaves(uninterrupted, capsys):
     grid, out = uninterrupted
-    assert (out / "loss.png").stat().st_size > 1000 and (out / "scalars-xielu.png").stat().st_size > 1000
+    assert (out / "loss.png").stat().st_size > 1000 and (out / "scalars-xsilu.png").stat().st_size > 1000
     rows, table, text = without_speed(out)
-    assert [row["activation"] for row in rows] == ["xielu", "swiglu"] and len(table) == 2
+    assert [row["activation"] for row in rows] == ["xsilu", "swiglu"] and len(table) == 2
     for seed, loss in zip(rows[1]["seeds"], rows[1]["losses"]):
         log = (out / f"swiglu-seed={seed}" / "log.jsonl").read_text().splitlines()
-        assert json.loads(log[-1])["loss"] == loss and json.loads(log[-1])["step"] == 100
+        assert json.loads(log[-1])["loss"] == loss and json.loads(log[-1])["step"] == 80
     assert compare.main([*grid, f"--out={out}"]) == 0
     output = capsys.readouterr().out
     assert output.count("finished before") == 4 and (out / "results.md").read_text() in output
@@ -274,14 +289,17 @@ def test_a_seed_gives_all_the_same_shared_weights_and_batches(config, tmp_path):
     for name in mlp:
         assert torch.equal(weights["xielu-seed=1"][name], weights["relu2-seed=1"][name])
         assert not torch.equal(weights["relu2-seed=2"][name], weights["relu2-seed=1"][name])
-    # the batch is a function of the corpus, the seed and the step alone
-    assert len({(run.config.data, run.config.seq_len) for run in runs}) == 1
+    batches = {}
+    for run in runs:
+        corpus = Corpus(run.config.data, "train", run.config.seq_len, run.config.vocab_size)
+        batches[run.out.name] = corpus.batch(run.config.seed, 3, 8).tolist()
+    assert batches["xielu-seed=1"] == batches["relu2-seed=1"] == batches["swiglu-seed=1"] != batches["xielu-seed=2"]
 
 
 def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
     grid, whole = uninterrupted
     out = tmp_path / "out"
-    for name in ("xielu-seed=2", "swiglu-seed=2"):  # these are done
+    for name in ("xsilu-seed=2", "swiglu-seed=2"):  # these are done
         shutil.copytree(whole / name, out / name)
 
     def until(pattern, path):
@@ -291,20 +309,22 @@ def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
             time.sleep(0.01)
 
     process = launch(*grid, f"--out={out}")
-    until("step 10/100", out / "xielu-seed=1" / "output.txt")
+    until("step 10/80", out / "xsilu-seed=1" / "output.txt")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from here" in output
     process = launch(*grid, f"--out={out}")
-    until("step 10/100", out / "swiglu-seed=1" / "output.txt")
+    until("step 10/80", out / "swiglu-seed=1" / "output.txt")
     process.kill()  # its run lives on for a moment
     process.wait()
-    first = (out / "xielu-seed=1" / "ckpt.pt").stat().st_mtime_ns
+    first = (out / "xsilu-seed=1" / "ckpt.pt").stat().st_mtime_ns
     process = launch(*grid, f"--out={out}")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert output.count("finished before") == 3
-    assert (out / "xielu-seed=1" / "ckpt.pt").stat().st_mtime_ns == first
+    assert "resuming" in (out / "xsilu-seed=1" / "output.txt").read_text()
+    assert "resuming" in (out / "swiglu-seed=1" / "output.txt").read_text()
+    assert (out / "xsilu-seed=1" / "ckpt.pt").stat().st_mtime_ns == first
     assert without_speed(out) == without_speed(whole)
 
 
@@ -312,15 +332,15 @@ def test_a_failed_run_is_reported_and_the_others_go_on(uninterrupted, tmp_path, 
     grid, whole = uninterrupted
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    for name in ("swiglu-seed=1", "xielu-seed=2"):
+    for name in ("swiglu-seed=1", "xsilu-seed=2"):
         records = (out / name / "log.jsonl").read_text().splitlines(keepends=True)
         (out / name / "log.jsonl").write_text("".join(records[:-1]))
     (out / "swiglu-seed=1" / "ckpt.pt").write_bytes(b"damaged")
     assert compare.main([*grid, f"--out={out}"]) == 1
     output = capsys.readouterr().out
-    assert re.search(r"\[2/4\] swiglu-seed=1: failed .*status 2: error: checkpoint .* cannot be read", output)
-    assert re.search(r"\[3/4\] xielu-seed=2: val loss", output)
-    assert "- swiglu-seed=1 is not in the table: it did not finish." in output
+    assert re.search(r"\[2/4\] swiglu-seed=1: .* failed with status 2: error: checkpoint .* cannot be read", output)
+    assert re.search(r"\[3/4\] xsilu-seed=2: val loss", output)
+    assert "- swiglu-seed=1 is not in the table: it failed with status 2." in output
     rows, _, _ = without_speed(out)
     assert rows[0]["seeds"] == [1, 2] and rows[1]["seeds"] == [2] and rows[1]["interval"] is None
 

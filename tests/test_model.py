@@ -215,7 +215,7 @@ def test_loss_in_chunks_holds_a_chunk_of_logits(monkeypatch, dtype):
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), name
 
 
-@pytest.mark.parametrize("memory", ["standard", "inverted"])
+@pytest.mark.parametrize("memory", ["standard", pytest.param("inverted", marks=pytest.mark.slow)])
 def test_compiled_bf16_gradients_at_the_size_of_a_real_run(memory):
     """Matmuls and a softmax in place of the fused attention gave NaN here (torch 2.13), at no smaller size."""
     config = ModelConfig(dim=128, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=576, activation_memory=memory)

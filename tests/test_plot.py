@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from activations import ACTIVATIONS
+from activations import ACTIVATIONS, Activation
 from data import UserError
 from tools import plot
 
@@ -54,6 +54,33 @@ def test_runs_that_have_not_ended_count_as_far_as_all_have_come(fake_run, figure
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]) + '{"kind": "val", "st')
     plot.draw_loss([folder for folder, _ in runs], None)
     assert np.allclose(curves(figures[0].axes[0])["relu2"], [[10_000, 3.1], [20_000, 2.2]])
+
+
+def test_budgets_that_differ_share_an_axis(fake_run, figures):
+    short, _ = fake_run("relu2", 1, [5.0, 3.0, 2.0])
+    long, _ = fake_run("relu2", 1, [5.0, 4.0] + [3.0] * 199, folder="long")  # 2 million tokens
+    plot.draw_loss([short, long], None)
+    left = figures[0].axes[0]
+    assert left.get_xlabel() == "million tokens"
+    assert np.allclose(left.lines[0].get_xdata(), [0.01, 0.02]) and left.lines[1].get_xdata()[-1] == 2.0
+
+
+def test_runs_that_have_no_validation_in_common_or_diverged(fake_run, figures):
+    first, _ = fake_run("relu2", 1, [5.0, 3.0, 2.0])
+    other, _ = fake_run("xielu", 1, [5.0, 3.0, 2.0])
+    diverged, _ = fake_run("gelu", 1, [5.0, 3.0, float("nan")])
+    log = (other / "log.jsonl").read_text()
+    (other / "log.jsonl").write_text(log.replace('"tokens": 10000', '"tokens": 11000').replace("20000", "21000"))
+    plot.draw_loss([first, other, diverged], None)
+    left, right = figures[0].axes
+    assert len(left.lines) == 3 and len(right.lines) == 2  # the zero line, and the diverged run's
+    assert all(map(np.isfinite, right.get_ylim()))
+
+
+def test_a_module_with_an_alpha_that_is_no_parameter(figures, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "elu", Activation("eˣ − 1 below 0", torch.nn.ELU))
+    plot.draw_activations(None)
+    assert "elu" in [axis.get_title() for axis in figures[0].axes]
 
 
 def test_scalars(fake_run, figures):

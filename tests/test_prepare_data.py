@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_split_counts_and_names(jsonl, tmp_path):
     count = -(-(len(stream) - 1000) // 5000)
     names = ["mine_val_000000.bin"] + [f"mine_train_{k:06d}.bin" for k in range(1, count + 1)]
     assert sorted(shards(out)) == sorted(names)
-    assert sorted(p.name for p in out.iterdir()) == sorted([*names, "meta.json"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*names, "lock", "meta.json"])
     meta = read_meta(out)
     assert meta["vocab_size"] == 257 and meta["tokenizer"] == "bytes" and meta["source"] == str(jsonl)
     for split, part in (("val", val), ("train", train)):
@@ -106,13 +107,39 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     pq.write_table(pa.table({"body": ["no text"]}), folder / "e.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), folder / "g.parquet")
     (folder / "f.txt").write_text("the end")
+    (folder / "h.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read
     out = tmp_path / "out"
     stderr = run(folder, f"--out={out}", "--tokenizer=bytes", "--val_tokens=5").stderr
     assert sum(tokens(out), []) == stream_of(["good", "?!", "bad \ufffd utf-8 \0 and NUL", "the end"])
-    assert 'skipped 4 lines that are no JSON object with a "text", the first' in stderr and "a.jsonl:3" in stderr
-    assert 'skipped 1 parquet files without a column "text"' in stderr
-    assert "skipped 2 parquet rows without a text" in stderr
-    assert "c.parquet" in stderr and "d.txt.gz" in stderr
+    lines = ", ".join(f"{folder}/a.jsonl:{number}" for number in (3, 4, 5, 7))
+    assert f'skipped 4 lines that are no JSON object with a "text": {lines}\n' in stderr
+    assert f'skipped 1 parquet files without a column "text": {folder}/e.parquet\n' in stderr
+    assert f"skipped 2 parquet rows without a text: {folder}/g.parquet" in stderr
+    assert f"skipped 1 unreadable files (ArrowInvalid): {folder}/c.parquet\n" in stderr
+    assert f"skipped 2 unreadable files (OSError): {folder}/d.txt.gz, {folder}/h.txt\n" in stderr
+    assert f"skipped 1 bytes that are no UTF-8, for which U+FFFD stands: {folder}/b.txt\n" in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one document of 100 MB", "ten million documents of one byte", "empty documents"])
+def test_extreme_documents(tmp_path, kind):
+    """In bounded memory: the 100 MB are a single line without a space."""
+    source = tmp_path / ("text.txt" if "100 MB" in kind else "text.jsonl")
+    with open(source, "wb") as file:
+        if "100 MB" in kind:
+            file.writelines([b"0123456789" * 10**5] * 100)
+        else:
+            text, count = (b"x", 10) if "one byte" in kind else (b"", 1)
+            for _ in range(count):
+                file.write((b'{"text": "' + text + b'"}\n') * 10**6)
+    command = [sys.executable, str(ROOT / "prepare_data.py"), str(source), "--tokenizer=bytes", f"--out={tmp_path}/out"]
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert subprocess.run(command, stderr=subprocess.PIPE, text=True).returncode == 0
+    meta = read_meta(tmp_path / "out")
+    together = {name: sum(meta["splits"][split][name] for split in ("val", "train")) for name in ("bytes", "documents")}
+    expected = {"100 MB": (10**8, 1), "one byte": (10**7, 10**7), "empty": (0, 10**6)}
+    assert (together["bytes"], together["documents"]) == next(v for name, v in expected.items() if name in kind)
+    assert max(began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 1.5 * 2**20  # KiB
 
 
 def test_result_is_the_same_for_any_number_of_workers(tmp_path):
@@ -251,7 +278,7 @@ def test_mistakes(jsonl, tmp_path):
 def test_too_short_for_two_splits(tmp_path, text, options):
     (tmp_path / "a.txt").write_text(text)
     assert "too short" in error(tmp_path / "a.txt", f"--out={tmp_path}/out", "--tokenizer=bytes", *options)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
 
 
 def test_fineweb_edu_without_a_network(tmp_path):

@@ -2,15 +2,10 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,75 +14,8 @@ import torch
 import train
 from data import UserError, shard_header
 from model import Llama, ModelConfig
+from runs import ROOT, error, launch, log, run
 from train import Config, check, learning_rate, make_optimizer, peak_flops, pick_dtype, read_config, resumed_config
-
-ROOT = Path(__file__).parent.parent
-TINY = """
-dim = 32
-n_layers = 2
-n_heads = 2
-n_kv_heads = 2
-ffn_dim = 48
-vocab_size = 257
-seq_len = 32
-tokens_per_step = 256
-micro_batch_size = 4
-max_steps = 12
-warmup_steps = 3
-decay_steps = 4
-eval_every = 5
-eval_tokens = 1000
-log_every = 1
-checkpoint_every = 4
-compile = False
-device = "cpu"
-dtype = "float32"
-"""
-
-
-@pytest.fixture
-def config(tmp_path, corpus):
-    """A config file of a tiny run, whose folder is tmp_path/out/tiny."""
-    path = tmp_path / "tiny.py"
-    path.write_text(TINY + f'data = "{corpus}"\nout = "{tmp_path}/out/tiny"\n')
-    return path
-
-
-def launch(*arguments, processes=1, threads=1, **options):
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command += [str(ROOT / "train.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
-
-
-def run(*arguments, status=0, **options):
-    process = launch(*arguments, **options)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == status, stderr
-    return stdout + stderr
-
-
-def error(capsys, *arguments):
-    """The one line on standard error that a mistake gets, with status 2."""
-    assert train.main([str(argument) for argument in arguments]) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ") and stderr.count("\n") == 1
-    return stderr
-
-
-def log(out, *leave_out):
-    """The lines of a log, without what depends on the clock."""
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_s", "mfu", *leave_out)
-    return [{name: value for name, value in record.items() if name not in clock} for record in records]
-
 
 # ------------------------------------------------------------------------------------------------ config
 
@@ -148,7 +76,7 @@ def test_bad_config_files(tmp_path, text, message):
 def test_no_config():
     with pytest.raises(UserError, match="give one config file.*none"):
         read_config([])
-    with pytest.raises(UserError, match="no config nowhere.py: there are configs/demo.py"):
+    with pytest.raises(UserError, match="no config nowhere.py: there are configs/compare_cpu.py, configs/demo.py"):
         read_config(["nowhere.py"])
 
 
@@ -195,7 +123,7 @@ def test_shipped_configs(path):
     with torch.device("meta"):
         models = [Llama(check(config, world)) for world in worlds]
     activation = path.stem.split("_")[0]
-    if activation != "demo":
+    if path.stem not in ("demo", "compare_cpu"):
         assert config.activation == activation
     paper = {"1b": (1_132_537_344, 126.16e9), "3b": (3_020_048_384, 125.83e9)}.get(path.stem.split("_")[-1])
     if paper:
@@ -273,9 +201,9 @@ def test_resumed_config():
 
 
 def test_a_run_and_what_it_leaves(config, tmp_path):
-    output = run(config)
+    output = run(config, "--activation=xielu")
     out = tmp_path / "out" / "tiny"
-    assert sorted(path.name for path in out.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["ckpt.pt", "config.json", "lock", "log.jsonl"]
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     training = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "val"]
@@ -305,7 +233,7 @@ def test_a_run_and_what_it_leaves(config, tmp_path):
 
 
 def test_the_validation_loss_is_the_mean_over_its_tokens(config, tmp_path, corpus):
-    run(config, "--eval_tokens=777")
+    run(config, "--activation=xielu", "--eval_tokens=777")
     checkpoint = torch.load(tmp_path / "out/tiny/ckpt.pt", weights_only=True)
     model = Llama(ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=48, seq_len=32))
     model.load_state_dict(checkpoint["model"])
@@ -408,8 +336,8 @@ def test_resume_may_change_the_memory_of_the_activation(config, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(config, tmp_path):
-    run(config, f"--out={tmp_path}/one", "--micro_batch_size=2")
-    output = run(config, f"--out={tmp_path}/two", "--micro_batch_size=2", processes=2)
+    run(config, f"--out={tmp_path}/one", "--micro_batch_size=2", "--activation=xsilu")
+    output = run(config, f"--out={tmp_path}/two", "--micro_batch_size=2", "--activation=xsilu", processes=2)
     assert output.count("step 12/12  loss") == 1
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two)

@@ -232,7 +232,9 @@ class Candidate:
         self.batch = batch.to(device)
 
     def step(self):
-        train.train_step(self.model, self.optimizer, self.batch, self.config.lr, self.config)
+        train.compute_gradient(self.model, self.batch, self.config)
+        train.update(self.optimizer, self.config.lr)
+        self.optimizer.zero_grad()
 
     def move(self, device):
         """Off the GPU while another one is measured, and back on it."""

@@ -5,14 +5,13 @@
 Any key of train.py may take a list; the runs are all combinations, each a plain train.py run in a folder of its own.
 The same command again goes on where it stopped, and runs nothing twice. Besides train.py's keys there are
 
-    --out=out/compare      folder of the runs, of results.md, results.json and results.csv, and of the figures
+    --out=FOLDER           of the runs, of results.md, .json and .csv, and of the figures; default out/compare/NAME
     --dry_run              print the runs and their sizes, and stop
     --unmatched            allow runs whose parameters differ by more than 0.5 %
     --nproc_per_node=1     processes of a run, started by torchrun if more than one
 """
 
 import csv
-import fcntl
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ import torch
 
 import train
 from activations import get_activation
-from data import UserError
+from data import UserError, lock_folder
 from model import Llama
 from tools import plot
 
@@ -62,7 +61,7 @@ class Run:
 
 def read_options(argv):
     """({own option: value}, the other arguments)."""
-    own = {"out": "out/compare", "dry_run": False, "unmatched": False, "nproc_per_node": 1}
+    own = {"out": "", "dry_run": False, "unmatched": False, "nproc_per_node": 1}
     others = []
     for argument in argv:
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -76,6 +75,8 @@ def read_options(argv):
             own[name] = int(value)
         else:
             raise UserError(f"{argument} is not understood: see python -m tools.compare --help")
+    if not own["out"]:
+        own["out"] = "out/compare/" + "".join(Path(argument).stem for argument in others if argument[:2] != "--")
     return own, others
 
 
@@ -133,7 +134,7 @@ def check_folder(run):
     """UserError if the run's folder holds a run with another config."""
     path = run.out / "config.json"
     try:
-        saved = json.loads(path.read_text("utf-8"))["config"] if path.exists() else {}
+        saved = dict(json.loads(path.read_text("utf-8"))["config"]) if path.exists() else {}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete {run.out}") from None
     for name, value in asdict(run.config).items():
@@ -148,7 +149,7 @@ def outcome(run):
     diverged."""
     records = train.read_log(run.out / "log.jsonl", run.config.max_steps)
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
-    if not final or not math.isfinite(final[0]["loss"]):
+    if not final or not math.isfinite(float(final[0]["loss"])):
         return None
     # The first step compiles. The median, because the machine may have been busy with something else for a while.
     speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
@@ -164,8 +165,8 @@ def flops_left(run):
 
 
 def execute(run, world, lock, on_step):
-    """Start or resume a run in a process of its own; (exit status, last line). What it prints goes to output.txt in
-    its folder; on_step(step) is called for each line about a step."""
+    """Start or resume a run in a process of its own; (exit status, its error or else its last line). What it prints
+    goes to output.txt in its folder; on_step(step) is called for each line about a step."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -177,19 +178,20 @@ def execute(run, world, lock, on_step):
         pass_fds=[lock.fileno()],  # should this process die alone, the lock is held until the run has ended too
         start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
     )
-    last = ""
+    error = last = ""
     try:
         with open(run.out / "output.txt", "a", encoding="utf-8") as output:
             for line in process.stdout:
                 output.write(line)
                 output.flush()
                 last = line.strip() or last
+                error = last if last.startswith("error:") else error
                 if step := re.match(r"step (\d+)/", line):
                     on_step(int(step[1]))
-        return process.wait(), last
+        return process.wait(), error or last
     except BaseException:
-        process.send_signal(signal.SIGINT)
-        process.wait()
+        process.terminate()
+        process.communicate()
         raise
 
 
@@ -202,15 +204,15 @@ def show(text, passing=False):
 
 
 def run_all(runs, world, lock):
-    """Run what is not finished, one after another; returns {name of a failed run: its last line}."""
+    """Run what is not finished, one after another; returns {name of a failed run: why}."""
     left = {run.out.name: flops_left(run) for run in runs if outcome(run) is None}
-    began, at_start = time.monotonic(), sum(left.values())
+    began, done = time.monotonic(), 0.0
     failed = {}
 
     def remaining():
-        done = at_start - sum(left.values())
-        seconds = (time.monotonic() - began) * sum(left.values()) / max(done, 1)
-        return f"{train.format_seconds(seconds)} left of all" if done else "starting"
+        if done == 0:
+            return "starting"
+        return f"{train.format_seconds((time.monotonic() - began) * sum(left.values()) / done)} left of all"
 
     for number, run in enumerate(runs, 1):
         name, title = run.out.name, f"[{number}/{len(runs)}] {run.out.name}"
@@ -218,8 +220,13 @@ def run_all(runs, world, lock):
             show(f"{title}: finished before")
             continue
 
+        reached = None  # where it starts is known from its first line
+
         def on_step(step, run=run, title=title):
+            nonlocal done, reached
             steps = run.config.max_steps
+            done += run.flops * max(0, step - (step if reached is None else reached)) / steps
+            reached = step
             left[run.out.name] = run.flops * (1 - step / steps)
             show(f"{title}: step {step}/{steps}, {remaining()}", passing=True)
 
@@ -228,13 +235,12 @@ def run_all(runs, world, lock):
         status, last = execute(run, world, lock, on_step)
         took = train.format_seconds(time.monotonic() - run_began)
         result = outcome(run)
-        if status == 0 and result:
-            left[name] = 0.0
+        left.pop(name)
+        if result:
             show(f"{title}: val loss {result['loss']:.4f} after {took}, {remaining()}")
         else:
-            at_start -= left.pop(name)
-            failed[name] = f"status {status}: {last}" if status else "its last validation loss is not finite"
-            show(f"{title}: failed after {took}, {failed[name]} (see {run.out}/output.txt)")
+            failed[name] = f"it failed with status {status}" if status else "its last validation loss is not finite"
+            show(f"{title}: after {took} {failed[name]}: {last} (all it said is in {run.out}/output.txt)")
     return failed
 
 
@@ -317,14 +323,16 @@ def summarize(runs):
             "perplexity": math.exp(min(mean, 700)),  # e^709 is the largest float
             "bits_per_byte": None if None in bits else statistics.fmean(bits),
             "reference": label(run.case | {"activation": first["activation"]} if several else first),
+            "paired_seeds": [],
             "difference": None,
             "interval": None,
             "tokens_per_s": None if None in speeds else statistics.fmean(speeds),
         }
         reference = finished[row["reference"]]
-        paired = [loss - reference[seed][1]["loss"] for seed, loss in losses.items() if seed in reference]
+        paired = {seed: loss - reference[seed][1]["loss"] for seed, loss in losses.items() if seed in reference}
         if paired and name != row["reference"]:
-            row["difference"], row["interval"] = mean_interval(paired)
+            row["paired_seeds"] = list(paired)
+            row["difference"], row["interval"] = mean_interval(list(paired.values()))
         rows.append(row)
     return rows
 
@@ -333,11 +341,11 @@ def verdict(row):
     """What a row's difference to the first tells, in words."""
     text = f"{row['name']} − {row['reference']}: {row['difference']:+.4f} nats a token"
     if row["interval"] is None:
-        return f"{text} with one seed, so no interval."
+        return f"{text}, of one seed, so without an interval."
     low, high = row["interval"]
-    text += f", 95 % interval [{low:+.4f}, {high:+.4f}]"
+    text += f" over {len(row['paired_seeds'])} seeds, its 95 % interval [{low:+.4f}, {high:+.4f}]"
     if low == high == 0:
-        return f"{text}: the losses are equal in every seed."
+        return f"{text}: the losses are equal for every seed."
     if low <= 0 <= high:
         return f"{text} contains zero: the two are not told apart."
     return f"{text} does not contain zero: its loss is {'lower' if high < 0 else 'higher'}."
@@ -372,7 +380,7 @@ def table(rows):
 def report(rows, failed):
     """The text of results.md: the table, and what its differences tell."""
     readings = [f"- {verdict(row)}\n" for row in rows if row["difference"] is not None]
-    readings += [f"- {name} is not in the table: it did not finish.\n" for name in failed]
+    readings += [f"- {name} is not in the table: {reason}.\n" for name, reason in failed.items()]
     return (
         f"{table(rows)}\n"
         "Validation loss in nats a token, mean ± standard deviation over the seeds; perplexity and bits a byte are\n"
@@ -383,7 +391,7 @@ def report(rows, failed):
 def write_results(rows, failed, out):
     """results.md, .json and .csv: the same for the same losses, wherever they were computed, but for the speed."""
     (out / "results.md").write_text(report(rows, failed), encoding="utf-8")
-    figures = json.dumps({"rows": rows, "unfinished": list(failed)}, indent=2)
+    figures = json.dumps({"rows": rows, "failed": failed}, indent=2)
     (out / "results.json").write_text(figures + "\n", encoding="utf-8")
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -407,17 +415,21 @@ def compare(argv):
         check_folder(run)
     if own["dry_run"]:
         return 0
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another comparison writes to {out}: waiting for its end", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    for config in {(run.config.data, run.config.device): run.config for run in runs}.values():
+        train.pick_device(config.device)
+        train.open_data(config)
+    try:
+        lock = lock_folder(out)
+    except UserError:
+        print(f"another comparison writes to {out}: waiting for its end", flush=True)
+        lock = lock_folder(out, wait=True)
+        for run in runs:
+            check_folder(run)
+    with lock:
         failed = run_all(runs, world, lock)
         rows = summarize(runs)
         if not rows:
-            raise UserError(f"none of the runs finished: {next(iter(failed.values()))}")
+            raise UserError(f"none of the runs finished; of the first, {next(iter(failed.values()))}")
         write_results(rows, failed, out)
         print("\n" + report(rows, failed))
         print(f"results: {out}/results.md, .json and .csv")
@@ -427,16 +439,17 @@ def compare(argv):
 
 def draw_figures(runs, out):
     """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
-    rows = {name: [run for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items() if by_seed}
-    try:
-        plot.draw_loss([run.out for row in rows.values() for run in row], out / "loss.png")
-        for name, row in rows.items():
-            if list(get_activation(row[0].config.activation).module().parameters()):
-                file_name = f"scalars-{name}.png".replace(" ", "-").replace("/", "_")
-                plot.draw_scalars([run.out for run in row], out / file_name)
-        print(f"figures: {out}/*.png")
-    except UserError as error:
-        print(f"note: not all figures are drawn: {error}")
+    rows = {name: [run.out for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items() if by_seed}
+    figures = [(plot.draw_loss, [folder for folders in rows.values() for folder in folders], "loss")]
+    for name, folders in rows.items():
+        if list(get_activation(name.split()[0]).module().parameters()):
+            figures.append((plot.draw_scalars, folders, f"scalars-{name}".replace(" ", "-").replace("/", "_")))
+    for draw, folders, name in figures:
+        try:
+            draw(folders, out / f"{name}.png")
+            print(f"figure: {out}/{name}.png")
+        except UserError as error:
+            print(f"note: there is no figure {name}.png: {error}")
 
 
 def main(argv):

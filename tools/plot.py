@@ -5,8 +5,8 @@
     python -m tools.plot xielu              xIELU and its gradient at several αp and αn
     python -m tools.plot activations        every activation and its gradient
 
-RUN is the folder of a run, as out/compare/xielu-seed=1. Runs that differ by their seed alone are drawn as one line, the
-mean, in a band from the lowest to the highest. --out=FILE.png says where; the default is out/plot/NAME.png.
+RUN is the folder of a run, as out/compare/demo/xielu-seed=1. Runs that differ by their seed alone are drawn as one
+line, the mean, in a band from the lowest to the highest. --out=FILE.png says where; the default is out/plot/NAME.png.
 """
 
 import json
@@ -64,12 +64,12 @@ def read_groups(folders):
         try:
             config = json.loads((folder / "config.json").read_text("utf-8"))["config"]
             records = train.read_log(folder / "log.jsonl", math.inf)
-            validations = {record["tokens"]: record for record in records if record["kind"] == "val"}
+            validations = {r["tokens"]: r | {"loss": float(r["loss"])} for r in records if r["kind"] == "val"}
             runs.append((config, config["seed"], validations))
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder} is no folder of a run: it has no config.json that train.py wrote") from None
     if not runs:
-        raise UserError("give the folders of runs, as in out/compare/*-seed=*")
+        raise UserError("give the folders of runs, as in out/compare/demo/*-seed=*")
     names = [name for name in runs[0][0] if name not in ("activation", "seed", "out", "resume")]
     differing = [name for name in names if len({str(config.get(name)) for config, _, _ in runs}) > 1]
     groups = {}
@@ -95,10 +95,10 @@ def draw_band(axis, x, values, label, **style):
         axis.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=style["color"], alpha=0.2, lw=0)
 
 
-def scaled_tokens(tokens):
-    """(token counts in a unit that reads well, that unit)."""
-    size, unit = next((s, u) for s, u in ((1e9, "billion"), (1e6, "million"), (1, "")) if max(tokens) >= s or s == 1)
-    return [count / size for count in tokens], f"{unit} tokens".strip()
+def token_unit(most):
+    """(tokens in a unit that reads well for up to so many, its name)."""
+    size, name = next((s, n) for s, n in ((1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")) if most >= s)
+    return size, name
 
 
 def draw_loss(folders, path):
@@ -107,12 +107,15 @@ def draw_loss(folders, path):
     first, others = next(iter(groups)), list(groups)[1:]
     figure, axes = new_figure(1, 2 if others else 1, 10 if others else 6, 4)
     left = axes[0, 0]
-    late = []  # what the second half of training shows decides the scale
-    for number, (label, group) in enumerate(groups.items()):
-        tokens = common_tokens(group)[1:]
+    tokens_of = {label: common_tokens(group)[1:] for label, group in groups.items()}
+    for label, tokens in tokens_of.items():
         if len(tokens) < 2:
             raise UserError(f"{label} has too few validations for a curve: lower eval_every")
-        x, unit = scaled_tokens(tokens)
+    size, unit = token_unit(max(tokens[-1] for tokens in tokens_of.values()))
+    late = [0.0]  # what the second half of training shows decides the scale
+    for number, (label, group) in enumerate(groups.items()):
+        tokens = tokens_of[label]
+        x = [count / size for count in tokens]
         curves = [[run[count]["loss"] for count in tokens] for run in group.values()]
         draw_band(left, x, curves, label, marker="o", markersize=3, **line_style(number))
     left.set(xlabel=unit, ylabel="validation loss (nats a token)")
@@ -123,15 +126,15 @@ def draw_loss(folders, path):
         for number, label in enumerate(others, 1):
             seeds = [seed for seed in groups[label] if seed in groups[first]]
             tokens = common_tokens(groups[label], groups[first])[1:]
-            if not seeds:
+            if not seeds or not tokens:
                 continue
             pairs = [(groups[label][seed], groups[first][seed]) for seed in seeds]
             curves = [[mine[count]["loss"] - base[count]["loss"] for count in tokens] for mine, base in pairs]
-            x, _ = scaled_tokens(tokens)
+            x = [count / size for count in tokens]
             draw_band(right, x, curves, label, marker="o", markersize=3, **line_style(number))
-            late += [value for curve in curves for value in curve[len(curve) // 2 :]]
-        margin = 0.3 * (max(late + [0]) - min(late + [0])) or 1e-3
-        right.set_ylim(min(late + [0]) - margin, max(late + [0]) + margin)
+            late += [value for curve in curves for value in curve[len(curve) // 2 :] if math.isfinite(value)]
+        margin = 0.3 * (max(late) - min(late)) or 1e-3
+        right.set_ylim(min(late) - margin, max(late) + margin)
         right.set(xlabel=unit, ylabel=f"difference to {first}, same seed (nats)")
     save(figure, path)
 
@@ -142,11 +145,13 @@ def draw_scalars(folders, path):
     if len(groups) > 1:
         raise UserError(f"give runs that differ by their seed alone, not {', '.join(groups)}")
     (label, group), tokens = next(iter(groups.items())), common_tokens(*groups.values())
-    scalars = [name for name in SYMBOLS if tokens and name in next(iter(group.values()))[tokens[0]]]
+    first = next(iter(group.values()))[tokens[0]] if tokens else {}
+    scalars = [name for name, value in first.items() if isinstance(value, list)]
     if not scalars:
-        raise UserError(f"{label} has no trained scalars, or no validation that logs them")
+        raise UserError(f"the validations of {label} log no trained scalars")
     figure, axes = new_figure(len(scalars), 2, 10, 0.6 + 2.9 * len(scalars), sharex="col", sharey="row")
-    x, unit = scaled_tokens(tokens)
+    size, unit = token_unit(tokens[-1])
+    x = [count / size for count in tokens]
     for (left, right), name in zip(axes, scalars):
         values = [[run[count][name] for count in tokens] for run in group.values()]  # (seeds, validations, layers)
         layers = range(1, len(values[0][0]) + 1)
@@ -159,7 +164,7 @@ def draw_scalars(folders, path):
             draw_band(left, x, curves, f"layer {layer}" if layer in labelled else None, color=colour)
         draw_band(right, layers, [run[-1] for run in values], None, color="#00294F", marker="o")
         right.xaxis.get_major_locator().set_params(integer=True)
-        left.set_ylabel(f"{label}: {SYMBOLS[name]}")
+        left.set_ylabel(f"{label}: {SYMBOLS.get(name, name)}")
     axes[-1, 0].set_xlabel(unit)
     axes[-1, 1].set_xlabel(f"layer, after {x[-1]:,.4g} {unit}")
     axes[0, 0].legend(frameon=False, ncols=2, fontsize="small")
@@ -207,7 +212,7 @@ def draw_activations(path, expanded=0.25):
     for axis, (name, activation) in zip(axes.flat, ACTIVATIONS.items()):
         module = activation.module()
         conditions = ["y = 1"] if activation.gated else []
-        if getattr(module, "alpha", None) is not None:
+        if isinstance(getattr(module, "alpha", None), torch.nn.Parameter):
             torch.nn.init.constant_(module.alpha, expanded)
             conditions.append(f"α = {expanded}")
         value, gradient = value_and_gradient(module, x, activation.gated)
@@ -216,6 +221,8 @@ def draw_activations(path, expanded=0.25):
         axis.set_title(name, fontsize="medium")
         axis.text(0.05, 0.86, ", ".join(conditions), transform=axis.transAxes, fontsize="small")
         axis.set_ylim(-1.2, 3)
+    for axis in axes.flat[len(ACTIVATIONS) - columns : len(ACTIVATIONS)]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(ACTIVATIONS) :]:
         axis.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
