@@ -257,6 +257,7 @@ def test_the_same_command_twice(config, tmp_path):
 def test_the_same_command_twice_compiled(config, tmp_path, dtype):
     # at this size and two threads compiled code differs from run to run unless it is told not to
     size = ["--dim=128", "--ffn_dim=576", "--n_layers=1", "--seq_len=256", "--tokens_per_step=2048", "--max_steps=12"]
+    size += ["--activation=xielu"]
     for name in "ab":
         run(config, f"--out={tmp_path}/{name}", "--compile", f"--dtype={dtype}", *size, threads=2)
     assert log(tmp_path / "a") == log(tmp_path / "b")
@@ -266,7 +267,7 @@ def test_the_same_command_twice_compiled(config, tmp_path, dtype):
 
 
 def test_kill_and_resume_give_the_losses_of_the_run_that_was_never_stopped(config, tmp_path):
-    options = ["--max_steps=150", "--checkpoint_every=10", "--eval_every=25"]
+    options = ["--max_steps=150", "--checkpoint_every=10", "--eval_every=25", "--activation=xsilu"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(config, *options, f"--out={whole}")
     process = launch(config, *options, f"--out={killed}")
@@ -319,7 +320,8 @@ def test_resume_may_change_schedule_logging_and_micro_batches(config, tmp_path):
 @pytest.mark.slow
 def test_resume_may_change_the_memory_of_the_activation(config, tmp_path):
     out, other = tmp_path / "out" / "tiny", tmp_path / "other"
-    options = ["--eval_tokens=1024", "--eval_every=12"]  # batches of one shape, one compilation
+    # batches of one shape, one compilation
+    options = ["--activation=xielu", "--eval_tokens=1024", "--eval_every=12"]
     run(config, "--max_steps=8", *options)
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
     for saved in ("config", "from_file"):  # as in a checkpoint from before the key
@@ -359,8 +361,8 @@ def test_micro_batches_do_not_change_the_losses(config, tmp_path):
 
 
 def test_two_processes_compiled(config, tmp_path):
-    run(config, f"--out={tmp_path}/one", "--max_steps=7")
-    run(config, f"--out={tmp_path}/two", "--max_steps=7", "--compile", processes=2)
+    run(config, f"--out={tmp_path}/one", "--max_steps=7", "--activation=xielu")
+    run(config, f"--out={tmp_path}/two", "--max_steps=7", "--activation=xielu", "--compile", processes=2)
     for single, double in zip(log(tmp_path / "one"), log(tmp_path / "two")):
         assert double["loss"] == pytest.approx(single["loss"], rel=1e-4)
 
