@@ -80,7 +80,7 @@ def read_txt(path, skipped):
     """One document, read piece by piece, since it may be larger than memory."""
 
     def replace(error):
-        skip(skipped, "bytes that are no UTF-8, for which U+FFFD stands", f"{path}")
+        skip(skipped, "bytes that are no UTF-8, for which U+FFFD stands", str(path))
         return "\ufffd", error.end
 
     codecs.register_error("replaced", replace)

@@ -409,8 +409,6 @@ def test_two_runs_in_one_folder(config, tmp_path, capsys):
 
 
 def test_two_preparations_in_one_folder(tmp_path):
-    source = tmp_path / "text.jsonl"
-    os.mkfifo(source)  # the first waits for its text
     line = [sys.executable, ROOT / "prepare_data.py", "stdlib", f"--out={tmp_path}/out"]
     first = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (tmp_path / "out" / "meta.json.tmp").exists():

@@ -96,6 +96,12 @@ def test_scalars(fake_run, figures):
     assert by_step.get_ylabel() == "xielu: αp" and n_by_step.get_ylabel() == "xielu: αn"
 
 
+def test_scalars_of_a_run_that_has_only_begun(fake_run, figures):
+    folder, _ = fake_run("xsilu", 1, [5.0], {"alpha": [[0.0, 0.0]]})
+    plot.draw_scalars([folder], None)
+    assert figures[0].axes[0].get_xlabel() == "tokens"
+
+
 def test_every_activation_is_drawn_with_its_gradient(figures):
     plot.draw_activations(None)
     axes = figures[0].axes

@@ -30,6 +30,7 @@ import train
 from activations import get_activation
 from data import Corpus, UserError
 from model import LOGITS_AT_ONCE, Linear, Llama, apply_rope, causal_attention
+from tools.command import run_command
 from xielu import XIELU, xielu_fused, xielu_inverted, xielu_reference
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -499,27 +500,24 @@ def read_options(command, argv):
     return options, others, Path(path)
 
 
+def bench(argv):
+    """Measure what a command line names, and write the figures."""
+    if not argv or argv[0] not in OPTIONS:
+        raise UserError(f"say what to measure: one of {', '.join(OPTIONS)}; see python -m tools.bench --help")
+    options, others, path = read_options(argv[0], argv[1:])
+    if argv[0] == "kernel":
+        result = kernel(options)
+    elif argv[0] == "step":
+        result = step(options, others)
+    else:
+        result = plan(options, others)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"figures: {path}")
+
+
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__.strip())
-        return 0
-    try:
-        if not argv or argv[0] not in OPTIONS:
-            raise UserError(f"say what to measure: one of {', '.join(OPTIONS)}; see python -m tools.bench --help")
-        options, others, path = read_options(argv[0], argv[1:])
-        if argv[0] == "kernel":
-            result = kernel(options)
-        elif argv[0] == "step":
-            result = step(options, others)
-        else:
-            result = plan(options, others)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"figures: {path}")
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(bench, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from activations import get_activation
 from data import UserError, lock_folder
 from model import Llama
 from tools import plot
+from tools.command import run_command
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
@@ -225,7 +226,8 @@ def run_all(runs, world, lock):
         def on_step(step, run=run, title=title):
             nonlocal done, reached
             steps = run.config.max_steps
-            done += run.flops * max(0, step - (step if reached is None else reached)) / steps
+            if reached is not None:
+                done += run.flops * (step - reached) / steps
             reached = step
             left[run.out.name] = run.flops * (1 - step / steps)
             show(f"{title}: step {step}/{steps}, {remaining()}", passing=True)
@@ -281,17 +283,12 @@ def mean_interval(values, confidence=0.95):
     return mean, [mean - half, mean + half]
 
 
-def label(case):
-    """The name of a row: its activation, and what else varies."""
-    return " ".join([case["activation"], *(f"{name}={value}" for name, value in case.items() if name != "activation")])
-
-
 def finished_rows(runs):
     """{name of a row: {seed: (run, its outcome)}} of the finished runs."""
-    rows = {label(run.case): {} for run in runs}
+    rows = {plot.label_of(run.case): {} for run in runs}
     for run in runs:
         if result := outcome(run):
-            rows[label(run.case)][run.config.seed] = run, result
+            rows[plot.label_of(run.case)][run.config.seed] = run, result
     return rows
 
 
@@ -322,7 +319,7 @@ def summarize(runs):
             "loss_std": statistics.stdev(losses.values()) if len(losses) > 1 else None,
             "perplexity": math.exp(min(mean, 700)),  # e^709 is the largest float
             "bits_per_byte": None if None in bits else statistics.fmean(bits),
-            "reference": label(run.case | {"activation": first["activation"]} if several else first),
+            "reference": plot.label_of(run.case | {"activation": first["activation"]} if several else first),
             "paired_seeds": [],
             "difference": None,
             "interval": None,
@@ -439,11 +436,12 @@ def compare(argv):
 
 def draw_figures(runs, out):
     """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
-    rows = {name: [run.out for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items() if by_seed}
-    figures = [(plot.draw_loss, [folder for folders in rows.values() for folder in folders], "loss")]
-    for name, folders in rows.items():
-        if list(get_activation(name.split()[0]).module().parameters()):
-            figures.append((plot.draw_scalars, folders, f"scalars-{name}".replace(" ", "-").replace("/", "_")))
+    rows = {name: [run for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items() if by_seed}
+    figures = [(plot.draw_loss, [run.out for row in rows.values() for run in row], "loss")]
+    for name, row in rows.items():
+        if list(get_activation(row[0].config.activation).module().parameters()):
+            file_name = f"scalars-{name}".replace(" ", "-").replace("/", "_")
+            figures.append((plot.draw_scalars, [run.out for run in row], file_name))
     for draw, folders, name in figures:
         try:
             draw(folders, out / f"{name}.png")
@@ -453,15 +451,9 @@ def draw_figures(runs, out):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__.strip())
-        return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        return compare(argv)
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return run_command(compare, argv, __doc__)
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130

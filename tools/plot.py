@@ -19,6 +19,7 @@ import torch
 import train
 from activations import ACTIVATIONS
 from data import UserError
+from tools.command import run_command
 from xielu import XIELU
 
 # Okabe and Ito's colours, which the colour-blind tell apart; after the seventh they come back, dashed.
@@ -56,6 +57,11 @@ def line_style(number):
 # Runs
 
 
+def label_of(case):
+    """What to call the runs of a case, {key: value} with an activation: that, and what else there is."""
+    return " ".join([case["activation"], *(f"{name}={value}" for name, value in case.items() if name != "activation")])
+
+
 def read_groups(folders):
     """{label: {seed: its val records by tokens}} of run folders, those that differ by their seed alone together. The
     label is the activation, and what else differs between groups."""
@@ -74,7 +80,7 @@ def read_groups(folders):
     differing = [name for name in names if len({str(config.get(name)) for config, _, _ in runs}) > 1]
     groups = {}
     for config, seed, validations in runs:
-        label = " ".join([config["activation"], *(f"{name}={config.get(name)}" for name in differing)])
+        label = label_of({name: config.get(name) for name in ["activation", *differing]})
         group = groups.setdefault(label, {})
         if seed in group:
             raise UserError(f"{label} with seed {seed} is there twice")
@@ -97,8 +103,10 @@ def draw_band(axis, x, values, label, **style):
 
 def token_unit(most):
     """(tokens in a unit that reads well for up to so many, its name)."""
-    size, name = next((s, n) for s, n in ((1e9, "billion tokens"), (1e6, "million tokens"), (1, "tokens")) if most >= s)
-    return size, name
+    for size, name in ((1e9, "billion tokens"), (1e6, "million tokens")):
+        if most >= size:
+            return size, name
+    return 1, "tokens"
 
 
 def draw_loss(folders, path):
@@ -234,27 +242,24 @@ def draw_activations(path, expanded=0.25):
 FIGURES = {"loss": draw_loss, "scalars": draw_scalars, "xielu": draw_xielu, "activations": draw_activations}
 
 
+def draw(argv):
+    """Draw the figure that a command line names."""
+    if not argv or argv[0] not in FIGURES:
+        raise UserError(f"say what to draw: one of {', '.join(FIGURES)}; see python -m tools.plot --help")
+    name, path, folders = argv[0], Path(f"out/plot/{argv[0]}.png"), []
+    for argument in argv[1:]:
+        if argument.startswith("--out=") and argument.endswith(".png"):
+            path = Path(argument.removeprefix("--out="))
+        elif argument.startswith("--") or name in ("xielu", "activations"):
+            raise UserError(f"{argument} is not understood: see python -m tools.plot --help")
+        else:
+            folders.append(argument)
+    FIGURES[name](folders, path) if name in ("loss", "scalars") else FIGURES[name](path)
+    print(f"figure: {path}")
+
+
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(__doc__.strip())
-        return 0
-    try:
-        if not argv or argv[0] not in FIGURES:
-            raise UserError(f"say what to draw: one of {', '.join(FIGURES)}; see python -m tools.plot --help")
-        name, path, folders = argv[0], Path(f"out/plot/{argv[0]}.png"), []
-        for argument in argv[1:]:
-            if argument.startswith("--out=") and argument.endswith(".png"):
-                path = Path(argument.removeprefix("--out="))
-            elif argument.startswith("--") or name in ("xielu", "activations"):
-                raise UserError(f"{argument} is not understood: see python -m tools.plot --help")
-            else:
-                folders.append(argument)
-        FIGURES[name](folders, path) if name in ("loss", "scalars") else FIGURES[name](path)
-        print(f"figure: {path}")
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(draw, argv, __doc__)
 
 
 if __name__ == "__main__":
