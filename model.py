@@ -140,14 +140,20 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.o_proj = Linear(config.n_heads * self.head_dim, config.dim)
 
-    def forward(self, x, cos, sin):
+    def qkv(self, x, cos, sin):
+        """q (B, heads, T, D) and k, v (B, kv heads, T, D) of x (B, T, C); q and k rotated to their positions."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, D)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = causal_attention(q, k, v)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def output(self, y):
+        """(B, T, C) of what the heads (B, heads, T, D) have gathered."""
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x, cos, sin):
+        return self.output(causal_attention(*self.qkv(x, cos, sin)))
 
 
 class MLP(nn.Module):

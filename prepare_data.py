@@ -372,13 +372,17 @@ def shard_size(text):
 
 
 class Parser(argparse.ArgumentParser):
+    """One whose mistakes are UserErrors."""
+
     def error(self, message):
-        raise UserError(f"{message} (python prepare_data.py --help lists the options)")
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
 def parse(argv):
     """The command line as a namespace; UserError where it is wrong."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", metavar="SOURCE", help="stdlib, fineweb-edu, or a file, folder or glob")
     parser.add_argument("--out", help="folder to write (default: data/NAME, after the source)")
     parser.add_argument("--tokenizer", help="bytes, gpt2, or a tiktoken name (default: bytes for stdlib, else gpt2)")

@@ -1,0 +1,122 @@
+"""tools/sample.py: the cache gives the logits of the whole, and the text is what the model says."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data import get_tokenizer
+from model import Llama, ModelConfig
+from runs import ROOT, run
+from tools import sample
+from tools.sample import Cache, choose, generate
+
+
+def tiny(**sizes):
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "seq_len": 24} | sizes
+    model = Llama(ModelConfig(**sizes), seed=3).eval()
+    with torch.no_grad():  # larger weights, so that the logits differ between tokens
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("activation", ["xielu", "swiglu"])
+@torch.inference_mode()
+def test_cache(activation):
+    """However the tokens are fed, the logits after each are those of the whole text."""
+    model = tiny(activation=activation)
+    tokens = torch.randint(257, (1, 24), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens)[0]
+    for start in (1, 7, 24):
+        cache = Cache(model)
+        assert torch.allclose(cache.read(tokens[0, :start].tolist()), whole[start - 1], atol=1e-5)
+        for place in range(start, 24):
+            assert torch.allclose(cache.read([int(tokens[0, place])]), whole[place], atol=1e-5)
+
+
+def test_choose():
+    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, 0, 50, generator) == 1 and choose(logits, 1.0, 1, generator) == 1
+    drawn = [choose(logits, 0.5, 2, generator) for _ in range(2000)]
+    assert set(drawn) == {1, 2}
+    assert drawn.count(1) / 2000 == pytest.approx(1 / (1 + torch.tensor(-2.0).exp().item()), abs=0.03)
+    assert set(choose(logits, 5.0, 0, generator) for _ in range(500)) == {0, 1, 2, 3}
+
+
+@torch.inference_mode()
+def test_past_seq_len():
+    """At seq_len tokens the newer half is read again, as if the text began there."""
+    model = tiny()
+    prompt = [256, 5, 6, 7]
+    written = list(generate(model, prompt, 60, 0, 0, None))
+    text = list(prompt)
+    start = 0  # where the text that the model sees begins
+    for token in written:
+        if len(text) - start > 24:
+            start = len(text) - 12
+        expected = model(torch.tensor([text[start:]]))[0, -1].argmax()
+        assert token == expected, len(text)
+        text.append(token)
+    long = list(range(100))
+    assert next(generate(model, long, 1, 0, 0, None)) == model(torch.tensor([long[-24:]]))[0, -1].argmax()
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    from runs import TINY
+
+    folder = tmp_path_factory.mktemp("sampled")
+    (folder / "tiny.py").write_text(TINY + f'data = "{corpus}"\nout = "{folder}/out"\n')
+    run(folder / "tiny.py")
+    return folder / "out"
+
+
+def test_command(trained, capsys):
+    options = [str(trained), "--prompt=def ", "--tokens=30", "--num=2"]
+    assert sample.main([*options, "--seed=1"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def ") and first.count("-" * 40) == 1 and first.count("def ") >= 2
+    assert sample.main([*options, "--seed=1"]) == 0 and capsys.readouterr().out == first
+    assert sample.main([*options, "--seed=2"]) == 0 and capsys.readouterr().out != first
+
+
+def test_prompt_from_a_file_and_from_standard_input(trained, tmp_path, capsys):
+    text = "größe <|endoftext|>\n"
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    options = [str(trained), "--tokens=5", "--temperature=0"]
+    assert sample.main([*options, f"--prompt_file={tmp_path}/prompt.txt"]) == 0
+    from_file = capsys.readouterr().out
+    assert from_file.startswith(text)
+    command = [sys.executable, "-m", "tools.sample", *options, "--prompt_file=-"]
+    piped = subprocess.run(command, input=text.encode(), capture_output=True, cwd=ROOT, check=True)
+    assert piped.stdout.decode() == from_file
+
+
+def test_it_ends_where_the_model_ends_it(trained, capsys, monkeypatch):
+    end = get_tokenizer("bytes").eot_token
+    tokens = iter([65, 0xC3, 0xBC, 66, end, 67])
+    monkeypatch.setattr(sample, "choose", lambda *_: next(tokens))
+    assert sample.main([str(trained), "--prompt=x"]) == 0
+    assert capsys.readouterr().out == "xAüB\n"
+
+
+def test_mistakes(trained, tmp_path, capsys, corpus):
+    for arguments, message in [
+        ([], "RUN"),
+        ([str(tmp_path)], "has no ckpt.pt"),
+        ([str(trained), "--tokens=0"], "at least 1"),
+        ([str(trained), "--temperature=-1"], "temperature must be at least 0"),
+        ([str(trained), "--top_k=-1"], "top_k must be at least 0"),
+        ([str(trained), "--top_k=many"], "top_k"),
+        ([str(trained), "--prompt=a", "--prompt_file=b"], "not allowed with"),
+        ([str(trained), f"--prompt_file={tmp_path}/none"], "No such file"),
+        ([str(trained), "--device=tpu"], "invalid choice: 'tpu'"),
+    ]:
+        assert sample.main(arguments) == 2
+        stderr = capsys.readouterr().err
+        assert re.search(re.escape(message), stderr) and stderr.count("\n") == 1, stderr
