@@ -6,29 +6,46 @@ also with .gz or .zst behind.
 
 Documents are cut into pieces, pieces are gathered into batches, threads tokenise batches (tiktoken works outside
 Python's global lock), and one writer takes the results in order: memory stays the same for any corpus, and the
-shards for any number of workers.
+shards for any number of workers. Each batch knows its position in the source, and each finished shard writes down where
+it ended: stopped at any moment, the same command goes on from there.
 """
 
 import argparse
 import codecs
+import copy
 import glob
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
+import shutil
 import sys
 import sysconfig
+import time
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from data import HEADER_BYTES, UserError, get_tokenizer, lock_folder, prefetched, read_meta, shard_header, token_dtype
+from data import (
+    HEADER_BYTES,
+    UserError,
+    get_tokenizer,
+    lock_folder,
+    open_shard,
+    prefetched,
+    read_meta,
+    shard_header,
+    token_dtype,
+)
 
 PIECE = 2**20  # characters of text that are tokenised at once
+MOST_PIECES = 2**14  # and documents, however short
 DEFAULT_VAL_TOKENS = 1_000_000
 
 
@@ -194,27 +211,80 @@ def read_stdlib(skipped):
         yield from document(path.read_text("utf-8", "replace"), path.stat().st_size)
 
 
-def read_fineweb_edu(subset):
-    """The Pieces of FineWeb-Edu, streamed from Hugging Face in the order of its files."""
-    from datasets import load_dataset
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+# How long to wait after each failure in a row, before giving up
+PATIENCE = [1, 2, 5, 15, 30, 60, 60, 60, 60, 60]
 
-    try:
-        for row in load_dataset("HuggingFaceFW/fineweb-edu", name=subset, split="train", streaming=True):
-            yield from document(row["text"], len(row["text"]))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"FineWeb-Edu ({subset}) could not be read from Hugging Face: {reason}") from None
+
+def fineweb_edu_batches(subset, start):
+    """(position, Pieces) of FineWeb-Edu, streamed from Hugging Face in the order of its files, from a position on
+    (None: the beginning). A batch is of whole documents, so that a failure has it read again, from its position."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    position, rows, failures = start, None, 0
+    while True:
+        try:
+            if position is None:  # the data may be changed while we read: keep to what they are now
+                position = {"revision": HfApi().dataset_info(FINEWEB_EDU).sha, "state": None}
+            if rows is None:
+                dataset = load_dataset(
+                    FINEWEB_EDU, subset, split="train", streaming=True, revision=position["revision"], columns=["text"]
+                )
+                if position["state"]:
+                    dataset.load_state_dict(position["state"])
+                rows = iter(dataset)
+            batch = whole_documents(rows)
+        except Exception as error:
+            if is_final(error) or failures == len(PATIENCE):
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise UserError(f"FineWeb-Edu ({subset}) could not be read from Hugging Face: {reason}") from None
+            print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
+            time.sleep(PATIENCE[failures])
+            rows, failures = None, failures + 1
+            continue
+        if not batch:
+            return
+        yield position, batch
+        position, failures = position | {"state": dataset.state_dict()}, 0
+
+
+def whole_documents(rows):
+    """The Pieces of the next rows of a data set, with about PIECE characters together."""
+    batch, characters = [], 0
+    for row in rows:
+        batch += document(row["text"], len(row["text"]))
+        characters += len(row["text"])
+        if characters >= PIECE or len(batch) >= MOST_PIECES:
+            break
+    return batch
+
+
+def is_final(error):
+    """Whether asking Hugging Face again is of no use: there is no such data set or subset, or no network is wanted."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        return response.status_code < 500 and response.status_code not in (408, 429)
+    return type(error) is ValueError or isinstance(error, FileNotFoundError | OfflineModeIsEnabled)
+
+
+def file_batches(pieces, start):
+    """(position, Pieces) of files, from a position on: there, it is the number of batches before."""
+    return islice(enumerate(batches(pieces)), start or 0, None)
 
 
 def open_source(source, subset, skipped):
-    """(Pieces, bytes of input in all or None if unknown, description for meta.json) of a SOURCE argument."""
+    """(function that gives (position, Pieces) from a position on, bytes of input in all or None if unknown, description
+    for meta.json) of a SOURCE argument."""
+    if source == "fineweb-edu":
+        return partial(fineweb_edu_batches, subset), None, f"{FINEWEB_EDU} {subset}"
     if source == "stdlib":
         size = sum(path.stat().st_size for path in stdlib_files())
-        return read_stdlib(skipped), size, f"stdlib of Python {platform.python_version()}"
-    if source == "fineweb-edu":
-        return read_fineweb_edu(subset), None, f"HuggingFaceFW/fineweb-edu {subset}"
+        return partial(file_batches, read_stdlib(skipped)), size, f"stdlib of Python {platform.python_version()}"
     files = find_files(source, skipped)
-    return read_files(files, skipped), sum(os.path.getsize(path) for path in files), source
+    return partial(file_batches, read_files(files, skipped)), sum(os.path.getsize(path) for path in files), source
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -227,7 +297,7 @@ def batches(pieces):
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
-        if characters >= PIECE or len(batch) >= 2**14:
+        if characters >= PIECE or len(batch) >= MOST_PIECES:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -248,23 +318,27 @@ def encode(encoding, batch):
 
 
 class Stream:
-    """Arrays of tokens, to be taken in exact amounts."""
+    """The tokens of (position, tokens) batches, to be taken in exact amounts; knows the batch where it stands, and how
+    many of its tokens are taken."""
 
-    def __init__(self, arrays):
-        self.arrays = iter(arrays)
+    def __init__(self, encoded):
+        self.encoded = encoded
+        self.position, self.used = None, 0
+        self.rest = np.array([], np.uint32)
 
     def take(self, count):
         """Arrays of `count` tokens together, or of all that is left."""
-        while count > 0 and (array := next(self.arrays, None)) is not None:
-            if len(array) > count:
-                self.put_back([array[count:]])
-                array = array[:count]
+        while count > 0:
+            while not len(self.rest):
+                batch = next(self.encoded, None)
+                if batch is None:
+                    return
+                self.position, self.rest = batch
+                self.used = 0
+            array, self.rest = self.rest[:count], self.rest[count:]
+            self.used += len(array)
             count -= len(array)
             yield array
-
-    def put_back(self, arrays):
-        """Make these arrays the next to be taken."""
-        self.arrays = chain(arrays, self.arrays)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,10 +373,15 @@ def token_widths(encoding):
     return widths
 
 
-def write_shards(stream, out, encoding, val_tokens, shard_tokens):
-    """Write the validation shard, then the training shards; returns meta.json's "splits"."""
+def shard_path(out, index):
+    """Of the shard with this number; the first is for validation."""
+    return out / f"{out.name}_{'train' if index else 'val'}_{index:06d}.bin"
+
+
+def write_shards(stream, out, encoding, sizes, progress, save):
+    """Write the shards that `progress` does not have yet, of these sizes, {"val": tokens, "train": tokens, "all":
+    tokens together}; call save() after each full one. Brings progress["splits"] up to date, which is meta.json's."""
     dtype, widths = token_dtype(encoding.n_vocab), token_widths(encoding)
-    splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("val", "train")}
 
     def counted(arrays, counts):
         for array in arrays:
@@ -311,21 +390,34 @@ def write_shards(stream, out, encoding, val_tokens, shard_tokens):
             counts["documents"] += int((array == encoding.eot_token).sum())
             yield array
 
-    full, index = True, 0
+    full = True
     while full:
-        split, size = ("train", shard_tokens) if index else ("val", val_tokens)
-        path = out / f"{out.name}_{split}_{index:06d}.bin"
-        full = write_shard(path, counted(stream.take(size), splits[split]), dtype) == size
-        index += 1
-    return splits
+        split = "train" if progress["shards"] else "val"
+        left = sizes["all"] - sum(counts["tokens"] for counts in progress["splits"].values())
+        arrays = counted(stream.take(min(sizes[split], left)), progress["splits"][split])
+        full = write_shard(shard_path(out, progress["shards"]), arrays, dtype) == sizes[split]
+        if full:
+            progress |= {"shards": progress["shards"] + 1, "position": stream.position, "used": stream.used}
+            save()
 
 
-def claim(out, settings):
-    """Make `out` ready to be written and return its lock, or None if it is complete; UserError if it holds something
+# ---------------------------------------------------------------------------------------------------------------
+# The folder: meta.json once all shards are written, until then a meta.json.tmp that says how far they are
+
+BEGINNING = {
+    "shards": 0,
+    "splits": {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("val", "train")},
+    "position": None,  # of the batch in which the last full shard ended
+    "used": 0,  # of its tokens, by then
+}
+
+
+def claim(out, settings, input_bytes):
+    """(lock, progress) of a folder that is to be written, or None if it is complete; UserError if it holds something
     else, or another process writes to it.
 
-    Until all shards are written `out` holds a meta.json.tmp, by which an interrupted run's leftovers are known as
-    ours and removed.
+    What an interrupted run of ours left is gone on with; what cannot be, since its input is no longer the same, or its
+    shards are not there, is removed.
     """
     unfinished = out / "meta.json.tmp"
     if meta := read_meta(out):
@@ -335,18 +427,55 @@ def claim(out, settings):
     if list(out.glob("*.bin")) and not unfinished.exists():
         raise UserError(f"{out} already holds shards from elsewhere: choose another --out, or delete them")
     lock = lock_folder(out)
+    state = {"settings": settings, "input_bytes": input_bytes, "progress": copy.deepcopy(BEGINNING)}
     if unfinished.exists():
-        discard(out)
-    unfinished.write_text(json.dumps(settings), "utf-8")
-    return lock
+        left = read_unfinished(out)
+        if left and left["settings"] != settings and left["progress"]["shards"]:
+            raise UserError(f"{out} holds a part of data prepared otherwise: choose another --out, or delete it")
+        if left and left | {"progress": None} == state | {"progress": None}:
+            state = left
+        discard(out, keep=state["progress"]["shards"])
+    save_unfinished(out, state)
+    return lock, state
 
 
-def discard(out):
-    """Remove the shards, whole or not, that a run of ours wrote into `out`, and the mark it left."""
-    ours = re.compile(re.escape(out.name) + r"_(val|train)_\d{6}\.(bin|tmp)|meta\.json\.tmp")
+def read_unfinished(out):
+    """meta.json.tmp, or None if it cannot be read or does not tell of the shards that are there."""
+    try:
+        state = json.loads((out / "meta.json.tmp").read_text("utf-8"))
+        shards = [open_shard(shard_path(out, index)).tokens for index in range(state["progress"]["shards"])]
+        told = sum(counts["tokens"] for counts in state["progress"]["splits"].values())
+        return state if told == sum(shards) and "settings" in state else None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+
+
+def save_unfinished(out, state):
+    """Write meta.json.tmp, whole or not at all."""
+    with open(out / "meta.json.new", "w", encoding="utf-8") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    (out / "meta.json.new").replace(out / "meta.json.tmp")
+
+
+def discard(out, keep=0):
+    """Remove what a run of ours wrote into `out`, whole or not, but for the first `keep` shards."""
+    ours = re.compile(re.escape(out.name) + r"_(val|train)_\d{6}\.(bin|tmp)|meta\.json\.(tmp|new)")
+    kept = {shard_path(out, index) for index in range(keep)}
     for path in out.iterdir():
-        if ours.fullmatch(path.name):
+        if ours.fullmatch(path.name) and path not in kept:
             path.unlink()
+
+
+def check_room(out, tokens, dtype):
+    """UserError if the disk does not have room for so many tokens more."""
+    needed, free = tokens * dtype.itemsize, shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(
+            f"{out} needs {needed / 1e9:.1f} GB for {tokens:,} tokens, and its disk has {free / 1e9:.1f} GB free: "
+            f"make room, choose another --out, or lower --tokens"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -402,40 +531,76 @@ def parse(argv):
     return args
 
 
+def most_tokens(args, input_bytes):
+    """About how many tokens there may be, or None where that is not known."""
+    bounds = [args.tokens] if args.tokens else []
+    if sample := re.fullmatch(r"sample-(\d+)BT", args.subset) if args.source == "fineweb-edu" else None:
+        bounds.append(int(sample[1]) * 10**9)
+    if input_bytes and args.tokens:
+        bounds.append(20 * input_bytes)  # no text is compressed to less than that
+    return min(bounds, default=None)
+
+
+def encode_ahead(read, encoding, workers, bar):
+    """(position, tokens) of (position, Pieces) batches, in their order, while threads tokenise the next ones."""
+    results = prefetched(lambda batch: (batch[0], *encode(encoding, batch[1])), read, workers)
+    for position, tokens, taken in results:
+        step = taken if bar.unit == "B" else len(tokens)
+        bar.update(min(step, bar.total - bar.n) if bar.total else step)
+        yield position, tokens
+
+
+def look_ahead(encoded, tokens):
+    """(the same batches, how many of the first `tokens` tokens there are)."""
+    head, found = [], 0
+    for batch in encoded:
+        head.append(batch)
+        found += len(batch[1])
+        if found >= tokens:
+            break
+    return chain(head, encoded), min(found, tokens)
+
+
 def prepare(args):
     """Write the shards and meta.json that the command line asks for."""
     from tqdm import tqdm
 
     skipped = {}
-    pieces, size, source = open_source(args.source, args.subset, skipped)
+    read, input_bytes, source = open_source(args.source, args.subset, skipped)
     encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source
-    lock = claim(args.out, settings)
-    if not lock:
+    claimed = claim(args.out, settings, input_bytes)
+    if not claimed:
         print(f"{args.out} is complete already; delete it to read the source again")
         return
+    lock, state = claimed
+    progress, splits = state["progress"], state["progress"]["splits"]
+    written = {unit: sum(counts[unit] for counts in splits.values()) for unit in ("tokens", "bytes")}
+    if progress["shards"]:
+        print(f"{args.out} has {progress['shards']} shards with {written['tokens']:,} tokens: going on from there")
+    if expected := most_tokens(args, input_bytes):
+        check_room(args.out, expected - written["tokens"], token_dtype(encoding.n_vocab))
 
-    def tokens():
-        with tqdm(total=args.tokens or size, unit="tok" if args.tokens else "B", unit_scale=True) as bar:
-            for array, taken in prefetched(lambda batch: encode(encoding, batch), batches(pieces), args.workers):
-                bar.update(len(array) if args.tokens else taken)
-                yield array
-
-    stream = Stream(tokens())
+    sizes = {"val": args.val_tokens, "train": args.shard_tokens, "all": args.tokens or math.inf}
     if args.tokens:
-        stream = Stream(stream.take(args.tokens))
-    val_tokens = args.val_tokens
-    if val_tokens is None:  # look ahead as far as it takes to know a tenth of a small corpus
-        head = list(stream.take(10 * DEFAULT_VAL_TOKENS))
-        val_tokens = min(DEFAULT_VAL_TOKENS, sum(map(len, head)) // 10)
-        stream.put_back(head)
-    splits = write_shards(stream, args.out, encoding, val_tokens, args.shard_tokens)
+        bar = tqdm(total=args.tokens, initial=written["tokens"], unit="tok", unit_scale=True)
+    else:
+        bar = tqdm(total=input_bytes, initial=written["bytes"], unit="B", unit_scale=True)
+    with bar:
+        encoded = encode_ahead(read(progress["position"]), encoding, args.workers, bar)
+        if sizes["val"] is None and not progress["shards"]:  # is the corpus a small one?
+            encoded, found = look_ahead(encoded, min(10 * DEFAULT_VAL_TOKENS, sizes["all"]))
+            sizes["val"] = min(DEFAULT_VAL_TOKENS, found // 10)
+        stream = Stream(encoded)
+        for _ in stream.take(progress["used"]):
+            pass
+        write_shards(stream, args.out, encoding, sizes, progress, lambda: save_unfinished(args.out, state))
 
     for reason, places in skipped.items():
         names = ", ".join(places["where"]) + (", …" if places["times"] > len(places["where"]) else "")
         print(f"skipped {places['times']} {reason}: {names}", file=sys.stderr)
-    if min(splits[split]["tokens"] for split in splits) < 2:
+    if min(counts["tokens"] for counts in splits.values()) < 2:
         discard(args.out)
         total = splits["val"]["tokens"] + splits["train"]["tokens"]
         raise UserError(
@@ -449,8 +614,9 @@ def prepare(args):
         "source": source,
         "settings": settings,
     }
-    (args.out / "meta.json.tmp").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
-    (args.out / "meta.json.tmp").replace(args.out / "meta.json")
+    (args.out / "meta.json.new").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
+    (args.out / "meta.json.new").replace(args.out / "meta.json")
+    (args.out / "meta.json.tmp").unlink()
     for split, counts in splits.items():
         print(f"{split}: {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, {counts['documents']:,} documents")
     lock.close()
@@ -464,7 +630,7 @@ def main(argv):
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command starts over", file=sys.stderr)
+        print("interrupted: the same command goes on from the last whole shard", file=sys.stderr)
         return 130
     return 0
 

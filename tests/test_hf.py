@@ -142,6 +142,7 @@ def test_mistakes(runs, tmp_path, capsys):
         (other / "config.json").write_text(json.dumps(config))
         return str(other)
 
+    linear = {"rope_type": "linear", "factor": 2.0}
     for arguments, message in [
         (["export", str(out)], "say export RUN FOLDER"),
         (["export", str(out), str(tmp_path / "x"), "--dtype=float16"], "say export RUN FOLDER"),
@@ -152,7 +153,10 @@ def test_mistakes(runs, tmp_path, capsys):
         (["import", str(folder), str(out)], "is not empty"),
         (["import", changed(model_type="gpt2"), str(tmp_path / "x")], "no model of type gpt2"),
         (["import", changed(model_type="nobody"), str(tmp_path / "x")], "cannot be read"),
-        (["import", changed(rope_parameters={"rope_type": "yarn"}), str(tmp_path / "x")], "positions of type yarn"),
+        (
+            ["import", changed(rope_parameters=linear), str(tmp_path / "x")],
+            "positions of type linear",
+        ),
         (["import", changed(mlp_bias=True), str(tmp_path / "x")], "has biases"),
         (["import", changed(head_dim=64), str(tmp_path / "x")], "heads of width 64"),
         (["import", changed(hidden_size=64), str(tmp_path / "x")], "wants"),

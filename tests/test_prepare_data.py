@@ -1,10 +1,12 @@
 """prepare_data.py as a process: text in, shards out."""
 
+import collections
 import gzip
 import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +258,57 @@ def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path, name):
     run(jsonl, f"--out={out}", "--tokenizer=bytes", "--shard_tokens=1000")
     assert (out / "my_train_notes.tmp").exists()
     assert shards(out) == shards(whole) and len(list(out.iterdir())) == len(list(whole.iterdir())) + 1
+
+
+def test_room_is_looked_at_first(jsonl, tmp_path, monkeypatch, capsys):
+    free = collections.namedtuple("usage", "free")
+    line = [str(jsonl), f"--out={tmp_path}/out", "--tokenizer=bytes", "--tokens=15000"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(29_999))
+    assert prepare_data.main(line) == 2
+    assert "needs 0.0 GB for 15,000 tokens" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.bin"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(30_000))
+    assert prepare_data.main(line) == 0
+
+
+def stop_after(shards, monkeypatch, *line):
+    """Start prepare_data, and interrupt it after so many shards; its exit status."""
+    write_shard, written = prepare_data.write_shard, []
+
+    def write_or_stop(path, *arguments):
+        if len(written) == shards:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write_shard(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "write_shard", write_or_stop)
+        return prepare_data.main([str(argument) for argument in line])
+
+
+def test_a_second_start_goes_on(jsonl, tmp_path, monkeypatch, capsys):
+    """Stopped after any number of whole shards, also within a batch, it ends with the bytes of a run never stopped."""
+    monkeypatch.setattr(prepare_data, "PIECE", 700)
+    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500", "--workers=2"]
+    assert stop_after(99, monkeypatch, *line, f"--out={tmp_path}/whole/out") == 0
+    whole = shards(tmp_path / "whole" / "out")
+    assert len(whole) > 8
+    for number in range(len(whole)):
+        out = tmp_path / str(number) / "out"
+        assert stop_after(number, monkeypatch, *line, f"--out={out}") == 130
+        assert len(shards(out)) == number
+        capsys.readouterr()
+        assert stop_after(99, monkeypatch, *line, f"--out={out}") == 0
+        assert ("going on from there" in capsys.readouterr().out) == (number > 0)
+        assert shards(out) == whole and read_meta(out) == read_meta(tmp_path / "whole" / "out")
+
+
+def test_an_input_that_has_changed_is_read_from_its_beginning(jsonl, tmp_path, monkeypatch, capsys):
+    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500", f"--out={tmp_path}/out"]
+    assert stop_after(4, monkeypatch, *line) == 130
+    jsonl.write_text('{"text": "before all others"}\n' + jsonl.read_text())
+    assert stop_after(99, monkeypatch, *line) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert sum(tokens(tmp_path / "out"), []) == stream_of(["before all others", *DOCUMENTS])
 
 
 def test_mistakes(jsonl, tmp_path):
