@@ -1,7 +1,9 @@
 """data.py: the shard format, and the batch as a pure function of (seed, step)."""
 
+import importlib.resources
 import json
 import os
+import random
 import sys
 
 import numpy as np
@@ -21,6 +23,7 @@ from data import (
     token_dtype,
     validation_batches,
 )
+from runs import ROOT
 
 
 def write(path, tokens, vocab_size=1000):
@@ -250,6 +253,37 @@ def test_tekken_tokenizer():
     assert encoding.n_vocab == 131072 and encoding.eot_token == 2
     ids = encoding.encode("naïve <|endoftext|></s>", disallowed_special=())
     assert min(ids) >= 1000 and encoding.decode(ids) == "naïve <|endoftext|></s>"
+
+
+def test_tekken_has_the_ids_of_its_makers():
+    tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    theirs = tekken.Tekkenizer.from_file(importlib.resources.files("mistral_common") / "data" / "tekken_240718.json")
+    ours = get_tokenizer("tekken")
+    assert theirs.n_words == ours.n_vocab and theirs.eos_id == ours.eot_token
+    rng = random.Random(0)
+    parts = [
+        "word",
+        " word",
+        "Δ",
+        " ²",
+        "e\u0301",
+        " ",
+        "\n",
+        "\n\n",
+        "!\n/",
+        "ünï",
+        "  ",
+        "\t",
+        "\r\n",
+        "'s",
+        "12",
+        "=",
+    ]
+    parts += ["\u00a0", "\x1c", "\u2028", "🙂", "漢字", "العربية", "कि", "<|endoftext|>", "</s>", "[INST]", "CamelCase"]
+    texts = ["".join(rng.choices(parts, k=rng.randint(1, 60))) for _ in range(1000)]
+    texts += [path.read_text("utf-8") for path in ROOT.glob("*.*") if path.suffix in (".py", ".md")]
+    for text in texts:
+        assert ours.encode_ordinary(text) == theirs.encode(text, bos=False, eos=False)
 
 
 def test_tokenizers_that_cannot_be_had(monkeypatch, tmp_path):
