@@ -267,7 +267,9 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """torch.float32 or torch.bfloat16; auto: bfloat16 where the hardware computes in it at full speed. A CPU
-    without AMX does not: with AVX512-BF16 alone, a bf16 matmul takes twice as long as a float32 one."""
+    without AMX does not: with AVX512-BF16 alone, a bf16 matmul takes twice as long as a float32 one. Nor do GPUs
+    before Ampere, and Apple's nobody has measured here: they get float32, and never float16, which would need its
+    loss scaled."""
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -593,6 +595,9 @@ def train(from_file, options):
         f"{config.activation}: {sizes.num_parameters():,} parameters, {flops_per_token:,} FLOPs a token, "
         f"{config.tokens_per_step:,} tokens a step, {WORLD} process(es) on {device_name(device)} in {str(dtype)[6:]}"
     )
+    if config.dtype == "auto":
+        reason = "computes" if dtype == torch.bfloat16 else "does not compute"
+        say(f"dtype=auto takes {str(dtype)[6:]}: {device.type} {reason} in bf16 at full speed here")
     if device.type == "cpu" and sizes.num_parameters() > 2e8:
         say("note: no GPU is used, and a model of this size wants several")
     corpus, validation, meta = open_data(config)

@@ -187,7 +187,10 @@ class _FusedXIELU(torch.autograd.Function):
 
 @functools.cache
 def can_compile(device_type):
-    """Whether torch.compile works on this kind of device here, found out by trying; warns once if it does not."""
+    """Whether torch.compile works on this kind of device here, found out by trying; warns once if it does not. On
+    Apple's GPUs it is a prototype, and not used."""
+    if device_type == "mps":
+        return False
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device_type))
         return True

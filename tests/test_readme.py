@@ -1,8 +1,10 @@
 """README.md: its commands run, in the order in which a reader meets them, and its example of a new activation works.
 What needs a GPU, a download or hours is parsed and checked as far as the programs do before they start."""
 
+import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 import prepare_data
 import train
 from activations import ACTIVATIONS
-from tools import bench, compare, plot
+from tools import bench, compare, follow, hf, plot, sample
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -65,6 +67,19 @@ def test_preparing_commands():
         prepare_data.parse(words)
 
 
+def test_from_a_run_to_transformers(tmp_path, monkeypatch, capsys, corpus, config):
+    """The lines of Python in the README, on the folder that its line exports."""
+    pytest.importorskip("transformers")
+    section = TEXT[TEXT.index("## Use what you trained") :]
+    code = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)[0]
+    monkeypatch.chdir(tmp_path)
+    assert train.main([str(config), "--out=out/demo", "--activation=xielu", *SMALL]) == 0
+    assert hf.main(["export", "out/demo", "out/demo-hf"]) == 0
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("def ")
+
+
 def test_bench_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = words_of("-m tools.bench")
@@ -98,7 +113,11 @@ def test_commands_that_need_no_hours_run(tmp_path, monkeypatch, capsys):
         "train.py": (train.main, SMALL),
         "-m tools.compare": (compare.main, SMALL),
         "-m tools.plot": (plot.main, []),
+        "-m tools.sample": (sample.main, ["--tokens=5"]),
+        "-m tools.follow": (follow.main, []),
     }
+    if importlib.util.find_spec("transformers"):
+        mains["-m tools.hf"] = (hf.main, [])
     ran = []
     fenced = [
         part for kind, block in FENCES if kind == "sh" for line in block.splitlines() for part in line.split("&&")
@@ -106,7 +125,7 @@ def test_commands_that_need_no_hours_run(tmp_path, monkeypatch, capsys):
     for command in fenced:
         for program, (main, reductions) in mains.items():
             if program in command and "smooth_relu2" not in command:
-                arguments = command.partition(program)[2].split()
+                arguments = shlex.split(command.partition(program)[2])
                 assert main([*arguments, *reductions]) in (0, None), capsys.readouterr().err
                 ran.append(program)
     assert set(ran) == set(mains) and len(ran) >= 6

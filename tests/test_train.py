@@ -167,6 +167,13 @@ def test_auto_dtype(monkeypatch):
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
+def test_auto_says_what_it_takes(config, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    options = ["--dtype=auto", "--max_steps=1", "--warmup_steps=0", "--decay_steps=0"]
+    assert train.main([str(config), *options]) == 0
+    assert "dtype=auto takes float32: cpu does not compute in bf16" in capsys.readouterr().out
+
+
 def test_peaks(monkeypatch):
     names = {
         "NVIDIA H100 80GB HBM3": 989e12,
