@@ -83,7 +83,6 @@ def test_wandb(fake_run, monkeypatch):
             told.append((self.id, step, values))
 
     wandb = types.SimpleNamespace(init=lambda **options: Run(**options))
-    wandb.util = types.SimpleNamespace(generate_id=lambda: "abc")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     out, _ = fake_run("relu2", 1, [5.0, 4.0, 3.0])
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
@@ -97,8 +96,9 @@ def test_wandb(fake_run, monkeypatch):
         assert follow.main([str(out), "--to=wandb"]) == 130
     (out / "log.jsonl").write_text("".join(lines))
     assert follow.main([str(out), "--to=wandb"]) == 0
-    assert [entry[:2] for entry in told if entry[0] == "init"] == [("init", "abc")] * 2
-    sent = [entry for entry in told if entry[0] == "abc"]
+    (_, first, _), (_, second, resume) = [entry for entry in told if entry[0] == "init"]
+    assert first == second and resume == "allow"
+    sent = [entry for entry in told if entry[0] == first]
     steps = [step for _, step, _ in sent]
     assert steps == sorted(steps) and set(steps) == {0, 10, 20}
     merged = {}

@@ -11,6 +11,7 @@ log.jsonl.
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -83,7 +84,7 @@ def to_wandb(out, config):
     except ImportError:
         raise UserError("--to=wandb needs an optional package: pip install wandb") from None
     path = out / "wandb.json"
-    state = json.loads(path.read_text("utf-8")) if path.exists() else {"id": wandb.util.generate_id(), "step": 0}
+    state = json.loads(path.read_text("utf-8")) if path.exists() else {"id": secrets.token_hex(4), "step": 0}
     project = os.environ.get("WANDB_PROJECT", "nanoxielu")
     name = out.resolve().name
     run = wandb.init(project=project, id=state["id"], resume="allow", name=name, config=config, dir=str(out))
