@@ -413,8 +413,8 @@ BEGINNING = {
 
 
 def claim(out, settings, input_bytes):
-    """(lock, progress) of a folder that is to be written, or None if it is complete; UserError if it holds something
-    else, or another process writes to it.
+    """(lock, content of meta.json.tmp) of a folder that is to be written, or None if it is complete; UserError if it
+    holds something else, or another process writes to it.
 
     What an interrupted run of ours left is gone on with; what cannot be, since its input is no longer the same, or its
     shards are not there, is removed.
@@ -435,7 +435,7 @@ def claim(out, settings, input_bytes):
         if left and left | {"progress": None} == state | {"progress": None}:
             state = left
         discard(out, keep=state["progress"]["shards"])
-    save_unfinished(out, state)
+    write_json(unfinished, state)
     return lock, state
 
 
@@ -450,13 +450,14 @@ def read_unfinished(out):
         return None
 
 
-def save_unfinished(out, state):
-    """Write meta.json.tmp, whole or not at all."""
-    with open(out / "meta.json.new", "w", encoding="utf-8") as file:
-        json.dump(state, file)
+def write_json(path, content):
+    """Write a file, whole or not at all."""
+    new = path.with_name("meta.json.new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    (out / "meta.json.new").replace(out / "meta.json.tmp")
+    new.replace(path)
 
 
 def discard(out, keep=0):
@@ -595,7 +596,8 @@ def prepare(args):
         stream = Stream(encoded)
         for _ in stream.take(progress["used"]):
             pass
-        write_shards(stream, args.out, encoding, sizes, progress, lambda: save_unfinished(args.out, state))
+        save = partial(write_json, args.out / "meta.json.tmp", state)
+        write_shards(stream, args.out, encoding, sizes, progress, save)
 
     for reason, places in skipped.items():
         names = ", ".join(places["where"]) + (", …" if places["times"] > len(places["where"]) else "")
@@ -614,8 +616,7 @@ def prepare(args):
         "source": source,
         "settings": settings,
     }
-    (args.out / "meta.json.new").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
-    (args.out / "meta.json.new").replace(args.out / "meta.json")
+    write_json(args.out / "meta.json", meta)
     (args.out / "meta.json.tmp").unlink()
     for split, counts in splits.items():
         print(f"{split}: {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, {counts['documents']:,} documents")

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,7 +393,10 @@ def save_checkpoint(out, state, keep):
     if keep > 1:
         numbered = out / f"ckpt_{state['step']:08d}.pt"
         numbered.unlink(missing_ok=True)
-        os.link(out / "ckpt.pt", numbered)
+        try:
+            os.link(out / "ckpt.pt", numbered)
+        except OSError:  # a file system without links
+            shutil.copy(out / "ckpt.pt", numbered)
     for old in kept_checkpoints(out)[keep if keep > 1 else 0 :]:
         old.unlink()
 

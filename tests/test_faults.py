@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import shard_header
 from runs import ROOT, error, launch, log, run
 
@@ -96,6 +97,17 @@ def test_checkpoints_that_are_kept(config, tmp_path):
     steps = [torch.load(out / name, weights_only=True)["step"] for name in names]
     assert steps == [10, 6, 8, 10]
     assert (out / "ckpt.pt").samefile(out / "ckpt_00000010.pt")  # no more room than three
+
+
+def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2, 3):
+        train.save_checkpoint(tmp_path, {"step": step}, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
+    assert (tmp_path / "ckpt.pt").read_bytes() == (tmp_path / "ckpt_00000003.pt").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ signals
