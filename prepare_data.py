@@ -262,12 +262,13 @@ def whole_documents(rows):
 
 def is_final(error):
     """Whether asking Hugging Face again is of no use: there is no such data set or subset, or no network is wanted."""
+    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     response = getattr(error, "response", None)
     if isinstance(error, HfHubHTTPError) and response is not None:
         return response.status_code < 500 and response.status_code not in (408, 429)
-    return type(error) is ValueError or isinstance(error, FileNotFoundError | OfflineModeIsEnabled)
+    return type(error) is ValueError or isinstance(error, DatasetNotFoundError | OfflineModeIsEnabled)
 
 
 def file_batches(pieces, start):
@@ -276,15 +277,24 @@ def file_batches(pieces, start):
 
 
 def open_source(source, subset, skipped):
-    """(function that gives (position, Pieces) from a position on, bytes of input in all or None if unknown, description
+    """(function that gives (position, Pieces) from a position on, its files or None if they are not here, description
     for meta.json) of a SOURCE argument."""
     if source == "fineweb-edu":
         return partial(fineweb_edu_batches, subset), None, f"{FINEWEB_EDU} {subset}"
     if source == "stdlib":
-        size = sum(path.stat().st_size for path in stdlib_files())
-        return partial(file_batches, read_stdlib(skipped)), size, f"stdlib of Python {platform.python_version()}"
+        return (
+            partial(file_batches, read_stdlib(skipped)),
+            stdlib_files(),
+            f"stdlib of Python {platform.python_version()}",
+        )
     files = find_files(source, skipped)
-    return partial(file_batches, read_files(files, skipped)), sum(os.path.getsize(path) for path in files), source
+    return partial(file_batches, read_files(files, skipped)), files, source
+
+
+def fingerprint(files):
+    """A hash of the files' names, sizes and times, by which it shows that they have changed."""
+    facts = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files or ()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,45 +419,59 @@ BEGINNING = {
     "splits": {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("val", "train")},
     "position": None,  # of the batch in which the last full shard ended
     "used": 0,  # of its tokens, by then
+    "shown": 0,  # by the progress bar, by then
 }
 
 
-def claim(out, settings, input_bytes):
+def claim(out, settings, inputs):
     """(lock, content of meta.json.tmp) of a folder that is to be written, or None if it is complete; UserError if it
     holds something else, or another process writes to it.
 
-    What an interrupted run of ours left is gone on with; what cannot be, since its input is no longer the same, or its
-    shards are not there, is removed.
+    What an interrupted run of ours left is gone on with; what cannot be, since its input (a fingerprint) is no longer
+    the same, or its shards are not whole, is replaced. At every moment meta.json.tmp tells of no more than is there.
     """
     unfinished = out / "meta.json.tmp"
+    lock = lock_folder(out)
     if meta := read_meta(out):
+        unfinished.unlink(missing_ok=True)
         if meta.get("settings") == settings:
             return None
         raise UserError(f"{out} already holds data prepared otherwise: choose another --out, or delete it")
-    if list(out.glob("*.bin")) and not unfinished.exists():
+    if any(not (is_ours(out, path) and unfinished.exists()) for path in out.glob("*.bin")):
         raise UserError(f"{out} already holds shards from elsewhere: choose another --out, or delete them")
-    lock = lock_folder(out)
-    state = {"settings": settings, "input_bytes": input_bytes, "progress": copy.deepcopy(BEGINNING)}
-    if unfinished.exists():
-        left = read_unfinished(out)
-        if left and left["settings"] != settings and left["progress"]["shards"]:
+    state = {"settings": settings, "inputs": inputs, "progress": copy.deepcopy(BEGINNING)}
+    left = read_unfinished(unfinished)
+    if left and left["progress"]["shards"]:
+        if left["settings"] != settings:
             raise UserError(f"{out} holds a part of data prepared otherwise: choose another --out, or delete it")
-        if left and left | {"progress": None} == state | {"progress": None}:
+        if left["inputs"] != inputs:
+            print(f"the input of {out} has changed: starting over")
+        elif not holds(out, left["progress"]):
+            print(f"{out} does not hold the shards that it had: starting over")
+        else:
             state = left
-        discard(out, keep=state["progress"]["shards"])
     write_json(unfinished, state)
+    discard(out, keep=state["progress"]["shards"])
     return lock, state
 
 
-def read_unfinished(out):
-    """meta.json.tmp, or None if it cannot be read or does not tell of the shards that are there."""
+def read_unfinished(path):
+    """The content of a meta.json.tmp, or None if it cannot be read."""
     try:
-        state = json.loads((out / "meta.json.tmp").read_text("utf-8"))
-        shards = [open_shard(shard_path(out, index)).tokens for index in range(state["progress"]["shards"])]
-        told = sum(counts["tokens"] for counts in state["progress"]["splits"].values())
-        return state if told == sum(shards) and "settings" in state else None
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+        state = json.loads(path.read_text("utf-8"))
+        known = state.keys() == {"settings", "inputs", "progress"} and state["progress"].keys() == BEGINNING.keys()
+        return state if known else None
+    except (OSError, ValueError, AttributeError):
         return None
+
+
+def holds(out, progress):
+    """Whether the shards are there, whole, of which `progress` tells."""
+    try:
+        held = [open_shard(shard_path(out, index)).tokens for index in range(progress["shards"])]
+    except (OSError, UserError):
+        return False
+    return sum(held) == sum(counts["tokens"] for counts in progress["splits"].values())
 
 
 def write_json(path, content):
@@ -460,12 +484,16 @@ def write_json(path, content):
     new.replace(path)
 
 
+def is_ours(out, path):
+    """Whether a file in `out` has the name of a shard, whole or not, that we write there."""
+    return bool(re.fullmatch(re.escape(out.name) + r"_(val|train)_\d{6}\.(bin|tmp)", path.name))
+
+
 def discard(out, keep=0):
-    """Remove what a run of ours wrote into `out`, whole or not, but for the first `keep` shards."""
-    ours = re.compile(re.escape(out.name) + r"_(val|train)_\d{6}\.(bin|tmp)|meta\.json\.(tmp|new)")
+    """Remove the shards that a run of ours wrote into `out`, whole or not, but for the first `keep`."""
     kept = {shard_path(out, index) for index in range(keep)}
     for path in out.iterdir():
-        if ours.fullmatch(path.name) and path not in kept:
+        if is_ours(out, path) and path not in kept:
             path.unlink()
 
 
@@ -475,7 +503,7 @@ def check_room(out, tokens, dtype):
     if needed > free:
         raise UserError(
             f"{out} needs {needed / 1e9:.1f} GB for {tokens:,} tokens, and its disk has {free / 1e9:.1f} GB free: "
-            f"make room, choose another --out, or lower --tokens"
+            f"make room, or start with another --out or fewer --tokens"
         )
 
 
@@ -533,13 +561,13 @@ def parse(argv):
 
 
 def most_tokens(args, input_bytes):
-    """About how many tokens there may be, or None where that is not known."""
-    bounds = [args.tokens] if args.tokens else []
-    if sample := re.fullmatch(r"sample-(\d+)BT", args.subset) if args.source == "fineweb-edu" else None:
-        bounds.append(int(sample[1]) * 10**9)
-    if input_bytes and args.tokens:
-        bounds.append(20 * input_bytes)  # no text is compressed to less than that
-    return min(bounds, default=None)
+    """How many tokens there may be, roughly, or None where that is not known."""
+    if args.source == "fineweb-edu":
+        sample = re.fullmatch(r"sample-(\d+)BT", args.subset)  # that many billions of gpt2's tokens
+        known = int(sample[1]) * 10**9 * (5 if args.tokenizer == "bytes" else 1) if sample else None
+    else:
+        known = 1000 * input_bytes if args.tokens else None  # no text is compressed to less than that
+    return min(filter(None, (args.tokens, known)), default=None)
 
 
 def encode_ahead(read, encoding, workers, bar):
@@ -567,28 +595,31 @@ def prepare(args):
     from tqdm import tqdm
 
     skipped = {}
-    read, input_bytes, source = open_source(args.source, args.subset, skipped)
+    read, files, source = open_source(args.source, args.subset, skipped)
+    input_bytes = sum(map(os.path.getsize, files)) if files else None
     encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source
-    claimed = claim(args.out, settings, input_bytes)
+    claimed = claim(args.out, settings, fingerprint(files))
     if not claimed:
         print(f"{args.out} is complete already; delete it to read the source again")
         return
     lock, state = claimed
     progress, splits = state["progress"], state["progress"]["splits"]
-    written = {unit: sum(counts[unit] for counts in splits.values()) for unit in ("tokens", "bytes")}
+    written = sum(counts["tokens"] for counts in splits.values())
     if progress["shards"]:
-        print(f"{args.out} has {progress['shards']} shards with {written['tokens']:,} tokens: going on from there")
+        print(f"{args.out} has {progress['shards']} shards with {written:,} tokens: going on from there")
     if expected := most_tokens(args, input_bytes):
-        check_room(args.out, expected - written["tokens"], token_dtype(encoding.n_vocab))
+        check_room(args.out, expected - written, token_dtype(encoding.n_vocab))
 
     sizes = {"val": args.val_tokens, "train": args.shard_tokens, "all": args.tokens or math.inf}
-    if args.tokens:
-        bar = tqdm(total=args.tokens, initial=written["tokens"], unit="tok", unit_scale=True)
-    else:
-        bar = tqdm(total=input_bytes, initial=written["bytes"], unit="B", unit_scale=True)
-    with bar:
+    unit = "tok" if args.tokens else "B"
+    with tqdm(total=args.tokens or input_bytes, initial=progress["shown"], unit=unit, unit_scale=True) as bar:
+
+        def save():
+            progress["shown"] = bar.n
+            write_json(args.out / "meta.json.tmp", state)
+
         encoded = encode_ahead(read(progress["position"]), encoding, args.workers, bar)
         if sizes["val"] is None and not progress["shards"]:  # is the corpus a small one?
             encoded, found = look_ahead(encoded, min(10 * DEFAULT_VAL_TOKENS, sizes["all"]))
@@ -596,7 +627,6 @@ def prepare(args):
         stream = Stream(encoded)
         for _ in stream.take(progress["used"]):
             pass
-        save = partial(write_json, args.out / "meta.json.tmp", state)
         write_shards(stream, args.out, encoding, sizes, progress, save)
 
     for reason, places in skipped.items():
@@ -604,6 +634,7 @@ def prepare(args):
         print(f"skipped {places['times']} {reason}: {names}", file=sys.stderr)
     if min(counts["tokens"] for counts in splits.values()) < 2:
         discard(args.out)
+        (args.out / "meta.json.tmp").unlink()
         total = splits["val"]["tokens"] + splits["train"]["tokens"]
         raise UserError(
             f"{source} is too short: its {total} tokens do not make a validation split"

@@ -93,8 +93,9 @@ def test_the_complete_path(hub, whole, tmp_path):
         [(SECOND, "cut", 2), (THIRD, "cut", 1)],
         [(THIRD, "drop", 40)],  # more than the client itself is ready for
         [("GET /api", 429, 2), (SECOND, 429, 2)],
+        [("README.md", 503, 8)],  # which the client tells of as of a file that is not there
     ],
-    ids=["503 for data about it", "503", "drop", "cut", "drops", "429"],
+    ids=["503 for data about it", "503", "drop", "cut", "drops", "429", "503 for the description"],
 )
 def test_trouble_that_heals(hub, whole, tmp_path, faults):
     hub.faults = list(faults)

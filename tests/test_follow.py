@@ -83,6 +83,7 @@ def test_wandb(fake_run, monkeypatch):
             told.append((self.id, step, values))
 
     wandb = types.SimpleNamespace(init=lambda **options: Run(**options))
+    wandb.errors = types.SimpleNamespace(Error=Warning)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     out, _ = fake_run("relu2", 1, [5.0, 4.0, 3.0])
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
@@ -115,6 +116,33 @@ def test_wandb_itself_offline(fake_run, monkeypatch):
     out, _ = fake_run("relu2", 1, [5.0, 4.0])
     assert follow.main([str(out), "--to=wandb"]) == 0
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_without_a_key(fake_run, monkeypatch, capsys):
+    class NoKey(Exception):
+        pass
+
+    def init(**options):
+        raise NoKey("no API key configured")
+
+    wandb = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=NoKey))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    out, _ = fake_run("relu2", 1, [5.0, 4.0])
+    for content, message in [("", "cannot be read"), ("[1]", "cannot be read"), (None, "wandb login")]:
+        (out / "wandb.json").unlink(missing_ok=True)
+        if content is not None:
+            (out / "wandb.json").write_text(content)
+        assert follow.main([str(out), "--to=wandb"]) == 2
+        stderr = capsys.readouterr().err
+        assert message in stderr and stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"config": "x"}', '{"config": {}}'])
+def test_a_config_that_is_none(fake_run, capsys, content):
+    out, _ = fake_run("relu2", 1, [5.0, 4.0])
+    (out / "config.json").write_text(content)
+    assert follow.main([str(out), "--to=tensorboard"]) == 2
+    assert "no config.json that can be read" in capsys.readouterr().err
 
 
 def test_mistakes(fake_run, tmp_path, monkeypatch, capsys):

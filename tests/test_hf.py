@@ -127,7 +127,7 @@ def test_generate(runs, tmp_path):
     prompt = torch.tensor([[256, *tokenizer("def ")["input_ids"]]])
     theirs = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :].tolist()
     ours, _, _ = sample.load_run(out, "cpu", torch.float32)
-    assert theirs == list(sample.generate(ours, prompt[0].tolist(), 20, 0, 0, None))[: len(theirs)]
+    assert len(theirs) == 20 and theirs == list(sample.generate(ours, prompt[0].tolist(), 20, 0, 0, None))
 
 
 def test_mistakes(runs, tmp_path, capsys):
@@ -159,8 +159,16 @@ def test_mistakes(runs, tmp_path, capsys):
         ),
         (["import", changed(mlp_bias=True), str(tmp_path / "x")], "has biases"),
         (["import", changed(head_dim=64), str(tmp_path / "x")], "heads of width 64"),
-        (["import", changed(hidden_size=64), str(tmp_path / "x")], "wants"),
+        (["import", changed(hidden_size=64), str(tmp_path / "x")], "it has [257, 32], which should be [257, 64]"),
+        (["import", changed(hidden_size=None), str(tmp_path / "x")], "config.json cannot be read"),
+        (["import", changed(rms_norm_eps="small"), str(tmp_path / "x")], "config.json cannot be read"),
+        (["import", changed(num_attention_heads=0), str(tmp_path / "x")], "config.json"),
+        (["import", changed(max_position_embeddings=-1), str(tmp_path / "x")], "config.json does not make a model"),
         (["import", changed(), str(tmp_path / "x"), "--dimm=3"], "did you mean 'dim'"),
+        (["import", changed(), str(tmp_path / "x"), "--dim=64"], "--dim=64 cannot be asked for: the model in"),
+        (["import", changed(), str(tmp_path / "x"), "--seq_len=64"], "--seq_len=64 cannot be asked for: the model in"),
+        (["export", str(out), str(tmp_path / "x"), "--tokenizer"], "give each option a value"),
+        (["export", str(out), str(tmp_path / "x"), "--tokenizer=gpt2"], "more than the run's vocab_size"),
     ]:
         capsys.readouterr()
         assert hf.main(arguments) == 2, arguments
@@ -179,6 +187,28 @@ def test_damaged_weights(runs, tmp_path, capsys):
     weights.unlink()
     assert hf.main(["import", str(folder), str(tmp_path / "back")]) == 2
     assert "has no .safetensors file" in capsys.readouterr().err
+
+
+def test_weights_in_several_files_and_in_bf16(runs, tmp_path, capsys):
+    folder, back = tmp_path / "folder", tmp_path / "back"
+    assert hf.main(["export", str(runs("swiglu")), str(folder)]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert hf.main(["import", str(folder), str(back), "--seq_len=16"]) == 0
+    ours, config, _ = sample.load_run(back, "cpu", torch.float32)
+    assert config.seq_len == 16 and {weight.dtype for weight in ours.parameters()} == {torch.float32}
+    tokens = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.allclose(ours(tokens), theirs.float()(tokens).logits, atol=1e-5)
+    (tmp_path / "back" / "ckpt.pt").unlink()
+    first = sorted(folder.glob("*.safetensors"))[0]
+    first.unlink()
+    capsys.readouterr()
+    assert hf.main(["import", str(folder), str(tmp_path / "again")]) == 2
+    assert "it has none, which should be" in capsys.readouterr().err
 
 
 def test_a_model_of_others(tmp_path, capsys):

@@ -302,13 +302,73 @@ def test_a_second_start_goes_on(jsonl, tmp_path, monkeypatch, capsys):
         assert shards(out) == whole and read_meta(out) == read_meta(tmp_path / "whole" / "out")
 
 
-def test_an_input_that_has_changed_is_read_from_its_beginning(jsonl, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("change", ["longer", "as long"])
+def test_an_input_that_has_changed_is_read_from_its_beginning(jsonl, tmp_path, monkeypatch, capsys, change):
     line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500", f"--out={tmp_path}/out"]
     assert stop_after(4, monkeypatch, *line) == 130
-    jsonl.write_text('{"text": "before all others"}\n' + jsonl.read_text())
+    documents = ["before all others", *DOCUMENTS] if change == "longer" else [t.replace("o", "0") for t in DOCUMENTS]
+    jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     assert stop_after(99, monkeypatch, *line) == 0
-    assert "going on" not in capsys.readouterr().out
-    assert sum(tokens(tmp_path / "out"), []) == stream_of(["before all others", *DOCUMENTS])
+    assert "has changed: starting over" in capsys.readouterr().out
+    assert sum(tokens(tmp_path / "out"), []) == stream_of(documents)
+
+
+def test_stopped_at_any_call_to_the_disk(jsonl, tmp_path, monkeypatch):
+    """Whatever the last call was before a kill, the next start makes the bytes of a run that was never stopped."""
+    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=2500"]
+    assert prepare_data.main([*map(str, line), f"--out={tmp_path}/whole/out"]) == 0
+    whole = shards(tmp_path / "whole" / "out")
+
+    class Killed(BaseException):
+        pass
+
+    def until_killed(function, calls):
+        def call(*arguments, **options):
+            if next(calls, None) is None:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    def killed_at(number):
+        """Start, and stop at call `number` to the disk, before it is done; whether there were so many."""
+        calls = iter(range(number))
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (prepare_data, "open_shard")):
+                patch.setattr(owner, name, until_killed(getattr(owner, name), calls))
+            try:
+                prepare_data.main([*map(str, line), f"--out={tmp_path}/out"])
+            except Killed:
+                return True
+        return False
+
+    number = 0
+    while killed_at(number):
+        number += 1
+        killed_at(number // 2)  # and the start after it as well
+        assert prepare_data.main([*map(str, line), f"--out={tmp_path}/out"]) == 0
+        names = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert shards(tmp_path / "out") == whole and names == ["lock", "meta.json", *whole]
+        shutil.rmtree(tmp_path / "out")
+    assert number > 20
+
+
+def test_a_part_that_is_not_ours_to_replace(jsonl, tmp_path, monkeypatch, capsys):
+    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500"]
+    out, renamed = tmp_path / "out", tmp_path / "renamed"
+    assert stop_after(4, monkeypatch, *line, f"--out={out}") == 130
+    out.rename(renamed)
+    assert stop_after(99, monkeypatch, *line, f"--out={renamed}") == 2
+    assert "already holds shards from elsewhere" in capsys.readouterr().err
+    renamed.rename(out)
+    damaged = out / "out_train_000002.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    before = shards(out)
+    assert stop_after(99, monkeypatch, *line, f"--out={out}", "--val_tokens=900") == 2
+    assert "a part of data prepared otherwise" in capsys.readouterr().err and shards(out) == before
+    assert stop_after(99, monkeypatch, *line, f"--out={out}") == 0
+    assert "does not hold the shards that it had: starting over" in capsys.readouterr().out
+    assert sum(tokens(out), []) == stream_of(DOCUMENTS)
 
 
 def test_mistakes(jsonl, tmp_path):
@@ -335,5 +395,5 @@ def test_too_short_for_two_splits(tmp_path, text, options):
 
 def test_fineweb_edu_without_a_network(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    message = error("fineweb-edu", f"--out={tmp_path}/out", "--tokenizer=bytes", **offline)
+    message = error("fineweb-edu", f"--out={tmp_path}/out", "--tokenizer=bytes", "--tokens=1e6", **offline)
     assert "FineWeb-Edu (sample-10BT) could not be read from Hugging Face" in message

@@ -452,11 +452,7 @@ def draw_figures(runs, out):
 
 def main(argv):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    try:
-        return run_command(compare, argv, __doc__)
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    return run_command(compare, argv, __doc__, "interrupted: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -29,17 +29,19 @@ def scalars(record):
     for name, value in record.items():
         if isinstance(value, list):
             values |= {f"{record['kind']}/{name}/layer {number}": one for number, one in enumerate(value, 1)}
-        elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+        elif name != "step":
             values[f"{record['kind']}/{name}"] = value
-    return values
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and value is not True}
 
 
 def read_config(out):
     """The config of a run; UserError where there is none."""
     try:
-        return json.loads((out / "config.json").read_text("utf-8"))["config"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{out} is no run of train.py: it has no config.json") from None
+        config = json.loads((out / "config.json").read_text("utf-8"))["config"]
+        int(config["max_steps"])
+        return config
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out} is no run of train.py: it has no config.json that can be read") from None
 
 
 def follow(out):
@@ -84,10 +86,19 @@ def to_wandb(out, config):
     except ImportError:
         raise UserError("--to=wandb needs an optional package: pip install wandb") from None
     path = out / "wandb.json"
-    state = json.loads(path.read_text("utf-8")) if path.exists() else {"id": secrets.token_hex(4), "step": 0}
+    try:
+        state = {"id": secrets.token_hex(4), "step": 0}
+        state |= json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} cannot be read: delete it to begin a new record") from None
     project = os.environ.get("WANDB_PROJECT", "nanoxielu")
     name = out.resolve().name
-    run = wandb.init(project=project, id=state["id"], resume="allow", name=name, config=config, dir=str(out))
+    try:
+        run = wandb.init(project=project, id=state["id"], resume="allow", name=name, config=config, dir=str(out))
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"W&B does not begin a record ({error}): say  wandb login  once, or set WANDB_MODE=offline"
+        ) from None
 
     def write(record):
         # W&B gathers what has the same step, and takes no step below the last
@@ -119,11 +130,7 @@ def mirror(argv):
 
 
 def main(argv):
-    try:
-        return run_command(mirror, argv, __doc__)
-    except KeyboardInterrupt:
-        print()
-        return 130
+    return run_command(mirror, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 import train
-from data import UserError, get_tokenizer
+from data import UserError
 from model import Llama, ModelConfig
 from tools.command import run_command
-from tools.sample import imported_tokenizer, load_run
+from tools.sample import imported_tokenizer, load_run, own_encoding
 
 # What transformers has a class for: our name → (class, model_type, its hidden_act)
 CLASSES = {
@@ -78,28 +78,29 @@ def our_config(folder):
     """The ModelConfig of a folder of transformers'; UserError where ours cannot be that model."""
     from transformers import AutoConfig
 
-    if not (folder / "config.json").exists():
+    path = folder / "config.json"
+    if not path.exists():
         raise UserError(f"{folder} has no config.json: give a folder that transformers has saved")
     try:
         hf = AutoConfig.from_pretrained(folder).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {error}") from None
+    except Exception as error:  # it has many kinds
+        raise UserError(f"{path} cannot be read: {error}") from None
     names = {(model_type, hidden_act): ours for ours, (_, model_type, hidden_act) in CLASSES.items()}
     activation = names.get((hf["model_type"], hf.get("hidden_act")))
     if activation is None:
         known = ", ".join(f"{model_type} with {hidden_act}" for model_type, hidden_act in names)
         raise UserError(f"no model of type {hf['model_type']} with {hf.get('hidden_act')}: there are {known}")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"rotary positions of type {rope['rope_type']} are not those of this code")
     if hf.get("attention_bias") or hf.get("mlp_bias"):
         raise UserError("this model has biases, which this code has not")
-    if hf.get("head_dim") not in (None, hf["hidden_size"] // hf["num_attention_heads"]):
-        raise UserError(f"heads of width {hf['head_dim']}, other than hidden_size / num_attention_heads")
-    width = hf["intermediate_size"]
-    if hf["model_type"] == "llama" and width % 2:
-        raise UserError(f"intermediate_size={width} is odd: it must be 2/3 of a whole ffn_dim")
     try:
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise UserError(f"rotary positions of type {rope['rope_type']} are not those of this code")
+        if hf.get("head_dim") not in (None, hf["hidden_size"] // hf["num_attention_heads"]):
+            raise UserError(f"heads of width {hf['head_dim']}, other than hidden_size / num_attention_heads")
+        width = hf["intermediate_size"]
+        if hf["model_type"] == "llama" and width % 2:
+            raise UserError(f"intermediate_size={width} is odd: it must be 2/3 of a whole ffn_dim")
         return ModelConfig(
             dim=hf["hidden_size"],
             n_layers=hf["num_hidden_layers"],
@@ -110,12 +111,12 @@ def our_config(folder):
             activation=activation,
             seq_len=hf["max_position_embeddings"],
             rope_theta=float(rope.get("rope_theta") or hf["rope_theta"]),
-            norm_eps=hf["rms_norm_eps"],
-            tie_embeddings=hf["tie_word_embeddings"],
-            init_std=hf["initializer_range"],
+            norm_eps=float(hf["rms_norm_eps"]),
+            tie_embeddings=bool(hf["tie_word_embeddings"]),
+            init_std=float(hf["initializer_range"]),
         )
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json does not make a model: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} does not make a model: {error!r}") from None
 
 
 def to_hf(state, config):
@@ -144,7 +145,7 @@ def from_hf(tensors, config):
         if name.endswith(("act_fn.beta", "act_fn.eps", "rotary_emb.inv_freq")):
             continue
         state[name.removeprefix("model.")] = tensor.float()
-    if config.tie_embeddings:
+    if config.tie_embeddings and "embed_tokens.weight" in state:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     return state
 
@@ -223,22 +224,8 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def write_tokenizer(out, folder, name, seq_len):
-    """Write into a folder the tokenizer of this name, or, where that is None, the one that a run was imported with.
-    Returns the id that ends a text."""
-    if name is None:
-        _, end, _ = imported_tokenizer(out)
-        for file in TOKENIZER_FILES:
-            shutil.copy(out / file, folder)
-        return end
-    encoding = get_tokenizer(name)
-    hf_tokenizer(encoding).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_config(encoding, name, seq_len))
-    return encoding.eot_token
-
-
 def export(out, folder, tokenizer=None):
-    """Write a run's newest checkpoint as a folder for transformers."""
+    """Write a run's newest checkpoint as a folder for transformers; tokenizer: its name, where the run knows none."""
     from safetensors.torch import save_file
 
     model, config, known = load_run(out, "cpu", torch.float32)
@@ -246,14 +233,23 @@ def export(out, folder, tokenizer=None):
         raise UserError(f"transformers has no class for {config.activation}: it has {', '.join(CLASSES)}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: choose another folder")
+    name = tokenizer or known
+    if name:
+        encoding = own_encoding(name, config)
+        end = encoding.eot_token
+    else:
+        _, end, _ = imported_tokenizer(out)
     folder.mkdir(parents=True, exist_ok=True)
-    end = write_tokenizer(out, folder, tokenizer or known, config.seq_len)
+    if name:
+        hf_tokenizer(encoding).save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(encoding, name, config.seq_len))
+    else:
+        for file in TOKENIZER_FILES:
+            shutil.copy(out / file, folder)
     write_json(folder / "config.json", hf_config(model.config, end))
     save_file(to_hf(model.state_dict(), model.config), folder / "model.safetensors", metadata={"format": "pt"})
     if config.activation == "xielu":
-        print(
-            "note: transformers rounds the scalars of xIELU to bf16; python -m tools.hf --help says how to get them all"
-        )
+        print("note: transformers rounds the scalars of xIELU to bf16; how to get them all: python -m tools.hf --help")
 
 
 def read_tensors(folder):
@@ -287,11 +283,18 @@ def import_folder(folder, out, options):
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another folder")
     sizes = {item.name: getattr(model_config, item.name) for item in fields(ModelConfig)}
+    for name, value in options.items():
+        # fewer positions are the same model; all else that makes it is in the folder
+        if name in (*sizes, "out", "resume") and not (name == "seq_len" and value <= sizes[name]):
+            raise UserError(
+                f"--{name}={value} cannot be asked for: the model in {folder} has {sizes.get(name, 'its own')}"
+            )
+    seq_len = options.get("seq_len", model_config.seq_len)
     # a few sequences a step, whatever their length, where nothing else is asked for
-    batch = {"micro_batch_size": 1, "tokens_per_step": model_config.seq_len * max(1, 16384 // model_config.seq_len)}
-    values = batch | options | sizes | {"out": str(out)}
+    batch = {"micro_batch_size": 1, "tokens_per_step": seq_len * max(1, 16384 // seq_len)}
+    values = sizes | batch | options | {"out": str(out)}
     config = train.Config(**values)
-    train.check(config, 1)
+    model_config = train.check(config, 1)
 
     with torch.device("meta"):
         expected = {name: weight.shape for name, weight in Llama(model_config).state_dict().items()}
@@ -299,7 +302,8 @@ def import_folder(folder, out, options):
     found = {name: weight.shape for name, weight in state.items()}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
-            raise UserError(f"{folder}: {name} has shape {found.get(name)}, its config.json wants {expected.get(name)}")
+            has, wants = (str(list(shapes[name])) if name in shapes else "none" for shapes in (found, expected))
+            raise UserError(f"{folder} does not fit its config.json: of {name} it has {has}, which should be {wants}")
 
     tokenizer = folder_tokenizer(folder)
     checkpoint = {
@@ -325,6 +329,8 @@ def convert(argv):
     """Do what a command line asks for."""
     places = [argument for argument in argv if not argument.startswith("--")]
     options = dict(argument[2:].partition("=")[::2] for argument in argv if argument.startswith("--"))
+    if "" in options.values():
+        raise UserError("give each option a value, --KEY=VALUE: see python -m tools.hf --help")
     if importlib.util.find_spec("transformers") is None:
         raise UserError("tools.hf needs an optional package: pip install transformers")
     if len(places) == 3 and places[0] == "export" and set(options) <= {"tokenizer"}:

@@ -12,8 +12,8 @@
     --tokenizer=NAME           where the data's meta.json names none
     --device=auto --dtype=auto as in train.py
 
-A model has seen seq_len tokens at once, no more: when a text reaches that, the older half is forgotten and the newer
-half read again, as if the text began there.
+A model has seen seq_len tokens at once, no more: of a longer prompt it reads the last seq_len, and when a text reaches
+that, the older half is forgotten and the newer half read again, as if the text began there.
 """
 
 import codecs
@@ -88,7 +88,8 @@ def choose(logits, temperature, top_k, generator):
     if temperature == 0:
         return int(logits.argmax())
     values, tokens = logits.topk(min(top_k, len(logits)) if top_k else len(logits))
-    return int(tokens[torch.multinomial(torch.softmax(values / temperature, -1), 1, generator=generator)])
+    chances = torch.softmax((values - values[0]) / temperature, -1)
+    return int(tokens[torch.multinomial(chances, 1, generator=generator)])
 
 
 @torch.inference_mode()
@@ -96,15 +97,14 @@ def generate(model, prompt, count, temperature, top_k, generator):
     """Yield `count` tokens that follow the prompt (a list of tokens, at least one)."""
     limit = model.config.seq_len
     text, cache = list(prompt), Cache(model)
-    logits = cache.read(text[-limit:])
+    unread = text[-limit:]
     for _ in range(count):
-        text.append(choose(logits, temperature, top_k, generator))
-        yield text[-1]
         if cache.tokens == limit:
             cache.clear()
-            logits = cache.read(text[-max(1, limit // 2) :])
-        else:
-            logits = cache.read(text[-1:])
+            unread = text[-max(1, limit // 2) :]
+        text.append(choose(cache.read(unread), temperature, top_k, generator))
+        unread = text[-1:]
+        yield text[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -112,9 +112,16 @@ def generate(model, prompt, count, temperature, top_k, generator):
 # gives a decoder, which takes token after token and returns the text that each one completes)
 
 
-def our_tokenizer(name):
-    """The one that prepare_data.py knows by this name."""
+def own_encoding(name, config):
+    """The tiktoken.Encoding that prepare_data.py knows by this name; UserError if the run cannot have had it."""
     encoding = get_tokenizer(name)
+    if encoding.n_vocab > config.vocab_size:
+        raise UserError(f"{name} has {encoding.n_vocab} ids, more than the run's vocab_size={config.vocab_size}")
+    return encoding
+
+
+def own_tokenizer(encoding):
+    """The one of a tiktoken.Encoding."""
     # the ids that stand for text; a padded vocabulary has some that do not
     text_of = {encoding.encode_single_token(text): text for text in encoding.token_byte_values()}
 
@@ -135,9 +142,12 @@ def imported_tokenizer(out):
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    name = json.loads((out / "tokenizer_config.json").read_text("utf-8")).get("eos_token")
-    end = tokenizer.token_to_id(name["content"] if isinstance(name, dict) else name or "")
+    try:
+        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+        name = json.loads((out / "tokenizer_config.json").read_text("utf-8")).get("eos_token")
+        end = tokenizer.token_to_id(name["content"] if isinstance(name, dict) else name or "")
+    except Exception as error:  # tokenizers has no other kind
+        raise UserError(f"the tokenizer in {out} cannot be read: {error}") from None
 
     def encode(text):
         return tokenizer.encode(text).ids or [end or 0]
@@ -173,6 +183,8 @@ def parse(argv):
         raise UserError(f"temperature must be at least 0, not {options.temperature}")
     if options.top_k < 0:
         raise UserError(f"top_k must be at least 0, not {options.top_k}")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"seed must be at least 0 and below 2**63, not {options.seed}")
     return options
 
 
@@ -189,14 +201,15 @@ def write_texts(options):
     """Print the texts that the options ask for, token by token."""
     prompt = read_prompt(options)
     device = train.pick_device(options.device)
-    model, _, tokenizer = load_run(options.out, device, train.pick_dtype(options.dtype, device))
+    dtype = train.pick_dtype(options.dtype, device)
+    model, config, tokenizer = load_run(options.out, device, dtype)
     if options.tokenizer or tokenizer:
-        encode, end, start_decoding = our_tokenizer(options.tokenizer or tokenizer)
+        encode, end, start_decoding = own_tokenizer(own_encoding(options.tokenizer or tokenizer, config))
     else:
         encode, end, start_decoding = imported_tokenizer(Path(options.out))
     tokens = encode(prompt)
-    if max(tokens) >= model.config.vocab_size:
-        raise UserError(f"that tokenizer has ids beyond vocab_size={model.config.vocab_size}: it is not the run's own")
+    print(f"{options.out} on {device.type} in {str(dtype)[6:]}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="replace")  # of a terminal that has not all letters
     generator = torch.Generator().manual_seed(options.seed)
     for number in range(options.num):
         if number:
@@ -219,11 +232,7 @@ def sample(argv):
 
 
 def main(argv):
-    try:
-        return run_command(sample, argv, __doc__)
-    except KeyboardInterrupt:
-        print()
-        return 130
+    return run_command(sample, argv, __doc__)
 
 
 if __name__ == "__main__":
