@@ -38,19 +38,21 @@ def exp_terms(t, dtype):
     """
     if dtype == torch.bfloat16:
         expm1, rest, beyond = bf16_terms(t)
-        return expm1, rest, torch.clamp(t, max=8), beyond
+        within = 8 - 8 * torch.relu(1 - 0.125 * t)  # min(t, 8), as bf16_terms rounds it
+        lost = t - within - beyond  # of a small t; nothing else shows it where there is no β·x beside it
+        return expm1 - lost, rest - lost * (expm1 - 0.5 * lost), within + lost, beyond
     near = t < CUT
     expm1 = torch.exp(-t) - 1
     series = exp_remainder(-t, DEGREE[t.dtype])
     return torch.where(near, series - t, expm1), torch.where(near, series, expm1), *split(t, near)
 
 
-def near_zero(t, order, series):
-    """t^order · (c₀ + c₁·t + …), c = series[dtype of t]: a function less its Taylor terms below that order, which would
-    cancel if it were computed with them."""
-    total = 0.0
+def near_zero(t, order, series, cut):
+    """t^order · (c₀ + c₁·u + …) with u = t − cut/2 and c = series[dtype of t]: for t < cut, a function less its Taylor
+    terms below that order, which would cancel if it were computed with them."""
+    total, u = 0.0, t - cut / 2
     for coefficient in reversed(series[t.dtype]):
-        total = total * t + coefficient
+        total = total * u + coefficient
     for _ in range(order):
         total = total * t
     return total
@@ -104,7 +106,7 @@ def passes(value, partials, bounds):
         grads = []
         for scalar, bound, partial in zip(raw, bounds, by_scalar):
             by_raw = 1 if bound is None else torch.sigmoid(scalar)
-            grads.append(((g * partial).sum() * by_raw).to(scalar.dtype))
+            grads.append(((g * partial).sum() * by_raw).to(scalar.dtype).reshape(scalar.shape))
         return (g * slope).to(x.dtype), *grads
 
     return forward, backward

@@ -157,11 +157,11 @@ def either(texts, formulas, scalars):
     return f"torch.where(p > 0, {', '.join(texts)})"
 
 
-def value_code(positive, negative, scalars, series):
+def value_code(positive, negative, scalars, series, form):
     """The function of f(x): each side is 0 where the other is not, so it is their sum."""
     writer = Writer(scalars, series)
     sides = [side for side in (positive, negative) if side.integral != 0]
-    texts = [writer.write(side.integral, side.size) for side in sides]
+    texts = [writer.write(form(side.integral), side.size) for side in sides]
     names = ["positive" if side is positive else "negative" for side in sides]
     lines = [f"{name} = {text}" for name, text in zip(names, texts)]
     return function_code(
@@ -169,15 +169,15 @@ def value_code(positive, negative, scalars, series):
     )
 
 
-def partials_code(positive, negative, scalars, series):
+def partials_code(positive, negative, scalars, series, form):
     """The function of f′(x) and the scalars' gradients."""
     writer = Writer(scalars, series)
-    gradients = [positive.gradient, negative.gradient]
-    texts = [writer.write(side.gradient, side.size) for side in (positive, negative)]
+    gradients = [form(side.gradient) for side in (positive, negative)]
+    texts = [writer.write(gradient, side.size) for gradient, side in zip(gradients, (positive, negative))]
     results = [either(texts, gradients, scalars)]
     for scalar in scalars:
         if scalar.trained:
-            by_side = [(sympy.diff(side.integral, scalar.symbol), side.size) for side in (positive, negative)]
+            by_side = [(form(sympy.diff(side.integral, scalar.symbol)), side.size) for side in (positive, negative)]
             parts = [writer.write(formula, size) for formula, size in by_side if formula != 0]
             results.append(" + ".join(parts).replace("+ -", "- "))
     about = "f′(x), and ∂f/∂a for each trained scalar a."
@@ -188,17 +188,23 @@ def partials_code(positive, negative, scalars, series):
 def function_code(name, about, scalars, lines, returned):
     arguments = ", ".join(["x", *(scalar.name for scalar in scalars if scalar.trained)])
     body = ["p, m = sides(x)", *lines, f"return {returned}"]
+    for number, line in enumerate(body):  # of what a line unpacks, name only what is used
+        names, equals, call = line.partition(" = ")
+        if ", " in names and equals:
+            used = [re.search(rf"\b{name}\b", "\n".join(body[number + 1 :])) for name in names.split(", ")]
+            names = ", ".join(name if found else "_" for name, found in zip(names.split(", "), used))
+            body[number] = f"{names} = {call}"
     return "\n".join([f"def {name}({arguments}):", f'    """{about}"""', *(f"    {line}" for line in body)])
 
 
 def series_code(series):
     """The fitted coefficients, each list under what it is of."""
     lines = []
-    for (function, order), name in series.items():
+    for (function, order, cut), name in series.items():
         below = f"its Taylor terms below t^{order}" if order > 1 else "its value at 0"
-        lines.append(f"# ({show(function)} less {below}) / t^{order} for 0 ≤ t ≤ CUT = c₀ + c₁·t + …")
+        lines.append(f"# ({show(function)} less {below}) / t^{order} = c₀ + c₁·u + …, u = t − {cut / 2}, for t < {cut}")
         lines.append(f"{name} = {{")
-        for dtype, coefficients in fit(function, order).items():
+        for dtype, coefficients in fit(function, order, cut).items():
             lines.append(f"    torch.{dtype}: [")
             for first in range(0, len(coefficients), 4):
                 lines.append(f"        {', '.join(map(repr, coefficients[first : first + 4]))},")
@@ -207,21 +213,21 @@ def series_code(series):
     return "\n".join(lines)
 
 
-def file_text(name, command, positive, negative, scalars):
-    """The whole derived file."""
+def file_text(name, command, positive, negative, scalars, form):
+    """The whole derived file, its formulas in a form that form(formula) gives."""
     trained = [scalar for scalar in scalars if scalar.trained]
     symbols = [scalar.symbol for scalar in scalars]
     rows = table(positive, negative, trained, symbols)
     series = {}
-    functions = [code(positive, negative, scalars, series) for code in (value_code, partials_code)]
+    functions = [code(positive, negative, scalars, series, form) for code in (value_code, partials_code)]
     body = "\n\n\n".join(filter(None, [series_code(series), *functions]))
     helpers = [name for name in ("exp_terms", "near_zero", "sides", "split") if f"{name}(" in body]
     formula = [show(side.in_x(side.integral), symbols) for side in (positive, negative)]
-    formula = "; ".join([f"{formula[0]} for x > 0, {formula[1]} for x ≤ 0", *map(describe_scalar, scalars)])
+    limits = [f"{scalar.name} {'>' if scalar.trained else '='} {scalar.limit}" for scalar in scalars if scalar.limit]
+    formula = [f"{formula[0]} for x > 0", f", {formula[1]} for x ≤ 0", f" ({', '.join(limits)})" if limits else ""]
     imports = ["import math", ""] if "math." in body else []
     imports += ["import torch", ""] if "torch." in body else []
     imports += ["from activations import Activation", f"from integral import {', '.join(['Integrated', *helpers])}"]
-    imports += ["from xielu import CUT"] if "CUT" in body.replace("t ≤ CUT", "") else []
     bounds = {scalar.name: scalar.bound_name if scalar.bound_name != "0" else "0.0" for scalar in trained}
     bounds = ", ".join(f'"{key}": {bound or None}' for key, bound in bounds.items())
     starts = ", ".join(f'"{scalar.name}": {scalar.start!r}' for scalar in trained)
@@ -254,10 +260,10 @@ def file_text(name, command, positive, negative, scalars):
             "    partials = staticmethod(partials)",
             "",
             "",
-            "ACTIVATION = Activation(",
-            f'    "{formula}",',
-            f"    {class_name(name)},",
+            "FORMULA = (",
+            *(f'    "{part}"' for part in formula if part),
             ")",
+            f"ACTIVATION = Activation(FORMULA, {class_name(name)})",
             "",
         ]
     )
@@ -273,15 +279,17 @@ SIZES = torch.tensor(
 TOLERANCE = {torch.float64: 2e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
-def integrals(formula, size, places):
-    """The integrals of a formula of `size` from 0 to each of the rising places, by quadrature in 50 digits, of which half count."""
+def integrals(formula, size, places, rough=False):
+    """The integrals of a formula of `size` from 0 to each of the rising places, by quadrature."""
     function = sympy.lambdify(size, formula, "mpmath")
     total, low, found = mpmath.mpf(0), mpmath.mpf(0), []
     for high in map(mpmath.mpf, places):
-        part, error = mpmath.quad(function, [low, high], error=True)
-        if error > 1e-20 * abs(part):
-            part = mpmath.quad(function, mpmath.linspace(low, high, 65))
-        total, low = total + part, high
+        unit = abs(function((low + high) / 2)) or 1  # quad stops at an absolute error
+        scaled = lambda s, unit=unit: function(s) / unit  # noqa: E731
+        part, error = mpmath.quad(scaled, [low, high], error=True, maxdegree=3 if rough else 5)
+        if error > 1e-18 * abs(part) and not rough:
+            part = mpmath.quad(scaled, mpmath.linspace(low, high, 65), maxdegree=5)
+        total, low = total + part * unit, high
         found.append(float(total))
     return torch.tensor(found, dtype=torch.float64)
 
@@ -294,7 +302,7 @@ def exact(side, numbers, trained):
     for formula in (side.gradient, *(sympy.diff(side.gradient, scalar.symbol) for scalar in trained)):
         size_of_terms = sum(abs(term) for term in sympy.Add.make_args(formula))
         values.append(side.sign * integrals(formula.subs(numbers), side.size, places))
-        scales.append(integrals(size_of_terms.subs(numbers), side.size, places))
+        scales.append(integrals(size_of_terms.subs(numbers), side.size, places, rough=True))
         if formula is side.gradient:
             for found, part in ((values, formula), (scales, size_of_terms)):
                 function = sympy.lambdify(side.size, part.subs(numbers), "mpmath")
@@ -348,14 +356,15 @@ def check_code(module, sides, scalars, settings):
 
 
 def check_far(module, side, scalars, names):
-    """UserError if the code overflows in float32 where what it computes does not: against itself in float64."""
-    x = side.sign * torch.logspace(3, 38.5, 72, dtype=torch.float64).float()
+    """UserError if the code overflows in float32 where what it computes is far from doing so: against itself in
+    float64."""
+    x = side.sign * torch.logspace(3, 37, 69, dtype=torch.float64).float()
     results = []
     for dtype in (torch.float32, torch.float64):
         own = [torch.tensor(value, dtype=dtype) for value in scalars]
         results.append([module.value(x.to(dtype), *own), *module.partials(x.to(dtype), *own)])
     for name, narrow, wide in zip(names, *results):
-        fits = ~(wide.abs() > 0.9 * torch.finfo(torch.float32).max)
+        fits = ~(wide.abs() > 0.01 * torch.finfo(torch.float32).max)
         wrong = fits & ~((narrow.double() - wide).abs() <= 1e-4 * wide.abs() + 1e-37)
         if wrong.any():
             at = x[wrong][0].item()
@@ -402,10 +411,12 @@ def minimum(module, start):
     """(x, f(x)) at the lowest point of f, or None where there is none: f sinks to the left or to the right."""
     own = [torch.tensor(value, dtype=torch.float64) for value in start]
     sizes = torch.logspace(-4, 4, 8001, dtype=torch.float64)
-    x = torch.cat([-sizes.flip(0), torch.zeros(1, dtype=torch.float64), sizes])
+    x = torch.cat([-sizes.flip(0), sizes])
+    if module.value(x, *own).min() >= 0:
+        return 0.0, 0.0
     for _ in range(4):
         y = module.value(x, *own)
-        at = y.argmin().item() if y.min() < y[len(y) // 2] or len(x) < 10_000 else len(y) // 2
+        at = y.argmin().item()
         if at in (0, len(x) - 1):
             return None
         lowest = x[at].item(), y[at].item()
@@ -483,6 +494,30 @@ def command_lines(name, texts, scalars, allow_jump):
     )
 
 
+def make(name, command, positive, negative, scalars, settings):
+    """(text of the file, its module class, bytes of its figure), checked. What sympy finds may lose its digits in code:
+    then it is tried once more as sympy simplifies it."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = None
+        for form, attempt in ((lambda formula: formula, "first"), (sympy.simplify, "second")):
+            path = Path(folder, attempt, f"{name}.py")
+            path.parent.mkdir()
+            try:
+                with time_limit(60, "the formulas are too large to be made into code: try a simpler gradient"):
+                    text = file_text(name, command, positive, negative, scalars, form)
+                path.write_text(text, encoding="utf-8")
+                module = load_derived(path).module
+                check_code(module, (positive, negative), scalars, settings)
+                check_compiled(module)
+                break
+            except UserError as error:
+                first = first or error
+        else:
+            raise first
+        draw(module, name, path.with_suffix(".png"))
+        return text, module, path.with_suffix(".png").read_bytes()
+
+
 def derive(argv):
     """Derive, check and write what a command line asks for."""
     name, options = read_options(argv)
@@ -507,16 +542,7 @@ def derive(argv):
     positive, negative = halves
     check_jump(positive, negative, settings[0], options["allow_jump"])
     command = command_lines(name, texts, scalars, options["allow_jump"])
-    with time_limit(120, "the formulas are too large to be made into code: try a simpler gradient"):
-        text = file_text(name, command, positive, negative, scalars)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, f"{name}.py")
-        path.write_text(text, encoding="utf-8")
-        module = load_derived(path).module
-        check_code(module, halves, scalars, settings)
-        check_compiled(module)
-        draw(module, name, path.with_suffix(".png"))
-        figure = path.with_suffix(".png").read_bytes()
+    text, module, figure = make(name, command, positive, negative, scalars, settings)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.png").write_bytes(figure)
     (FOLDER / f"{name}.py").write_text(text, encoding="utf-8")

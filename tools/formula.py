@@ -13,6 +13,7 @@ import signal
 from dataclasses import dataclass
 
 import sympy
+from sympy.printing.str import StrPrinter
 
 from data import UserError
 from integral import Integrated
@@ -45,7 +46,20 @@ OPERATORS = {
 LONGEST, DEEPEST, LARGEST, HIGHEST_POWER = 400, 40, 1e6, 12
 # names that the code of a derived file has for other things
 TAKEN = set("x p m t torch math beta_ value partials positive negative sides split near_zero exp_terms CUT".split())
-TAKEN |= {"near", "rest", "within", "beyond", "expm1", "Integrated", "Activation", "ACTIVATION", "start", "bound"}
+TAKEN |= {
+    "near",
+    "root",
+    "ratio",
+    "rest",
+    "within",
+    "beyond",
+    "expm1",
+    "Integrated",
+    "Activation",
+    "ACTIVATION",
+    "start",
+    "bound",
+}
 
 
 class OutOfTime(BaseException):
@@ -92,7 +106,13 @@ class Scalar:
         return sympy.Symbol(self.name, positive=True) if positive else sympy.Symbol(self.name, real=True)
 
     @property
+    def limit(self):
+        """What a trained scalar stays above, what a fixed one is, as text; "" if nothing."""
+        return self.bound_name if self.trained else str(self.start)
+
+    @property
     def text(self):
+        """As it is given on the command line."""
         if not self.trained:
             return f"{self.name}={self.start!r}"
         return f"{self.name}={self.start!r}" + {"": "~", "0": ""}.get(self.bound_name, f">{self.bound_name}")
@@ -103,7 +123,7 @@ def read_name(name):
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(f"{name!r} is no name for a scalar: take letters, digits and _, as in ap or alpha_n")
     taken = name in TAKEN or name in FUNCTIONS or hasattr(Integrated, name)
-    if taken or re.fullmatch(r"(t|near|rest|within|beyond|expm1|SERIES)_\d+", name):
+    if taken or re.fullmatch(r"(t|near|rest|part|within|beyond|expm1|root|ratio|SERIES)_\d+", name):
         raise UserError(f"the name {name!r} is taken by the code that is written: choose another, as a_{name}")
     return name
 
@@ -233,12 +253,20 @@ SUPERSCRIPTS = str.maketrans("0123456789-x", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ˣ")
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "pi": "π"}
 
 
+class LinePrinter(StrPrinter):
+    """sympy's text of a formula, with a sum's terms that are subtracted behind the others."""
+
+    def _as_ordered_terms(self, formula, order=None):
+        terms = super()._as_ordered_terms(formula, order="grlex")
+        return sorted(terms, key=lambda term: term.could_extract_minus_sign())
+
+
 def show(formula, scalars=()):
     """A formula in one line, as it is written by hand; collected by these symbols."""
     if scalars:
         formula = sympy.collect(sympy.expand_mul(formula), scalars)
-    text = sympy.sstr(formula, order="grlex")
+    text = LinePrinter().doprint(formula)
     text = re.sub(r"\bexp\((-?x)\)", lambda match: "e" + match[1].translate(SUPERSCRIPTS), text)
     text = re.sub(r"\*\*(\d+)", lambda match: match[1].translate(SUPERSCRIPTS), text)
     text = re.sub(r"\b(" + "|".join(GREEK) + r")\b", lambda match: GREEK[match[1]], text)
-    return text.replace("sqrt(", "√(").replace("*", "·").replace("-", "−")
+    return text.replace("sqrt(", "√(").replace("**", "^").replace("*", "·").replace("-", "−")

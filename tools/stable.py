@@ -2,37 +2,75 @@
 
 A side is a formula of a size m ≥ 0 (|x|) and of the scalars, such as an·(e⁻ᵐ − 1 + m) − β·m. It is taken apart into
 
-    a polynomial in m   +   terms  factor · mʲ · F(t),   t = rate · m,   F free of scalars
+    a polynomial in m   +   parts  factor · G(t),   t = rate · m,   G free of scalars, as e⁻ᵗ
 
-Where Taylor terms of the F cancel against each other or against the polynomial (symbolically: their sum is exactly 0),
-the sum is written with the remainders of those F near 0, "rest", which are given by a fitted series, and with the F
-themselves beyond. The polynomial's coefficients change with that, so it is taken of `within` and `beyond` apart.
+Where the lowest Taylor terms of a G cancel against the polynomial (or those of its own summands against each other),
+the part is written as `rest`: near 0, G without those terms, from a fitted series; beyond, G itself. What the
+polynomial has to make up for differs then, so it is written of `within` (m near 0, else 0) and of `beyond` (m beyond,
+else 0).
 """
 
 import functools
 import re
+from dataclasses import dataclass
 
 import mpmath
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
 from data import UserError
-from xielu import CUT
+from xielu import CUT  # below it, eˣ − 1 − x is taken from a series; so is what cancels as little here
 
 T = sympy.Symbol("t", positive=True)
-DECAY = sympy.exp(-T)  # the exponential of every side that falls off: integral.exp_terms has its remainders
-HIGHEST_ORDER = 6  # of a cancellation that is looked for
-EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24}
+DECAY = sympy.exp(-T)  # integral.exp_terms has its parts
+SQUARE_LOG = sympy.log(1 + T**2)  # whose t² overflows
+ROOTS = {1 + T: 1, 1 + T**2: 2}  # and their degrees
 # torch has these to full precision near 0, where they are 0
-EXACT_AT_ZERO = {f(T) for f in (sympy.sin, sympy.tanh, sympy.atan, sympy.erf, sympy.asinh, sympy.sinh)} | {
-    sympy.log(1 + T)
-}
-SQUARE_LOG = sympy.log(1 + T**2)
+EXACT_AT_ZERO = {f(T) for f in (sympy.sin, sympy.tanh, sympy.atan, sympy.erf, sympy.sinh, sympy.asinh)}
+EXACT_AT_ZERO |= {sympy.log(1 + T)}
 TORCH_NAMES = "exp log sin cos tan tanh sinh cosh atan asinh erf".split()
-
+HIGHEST_ORDER = 8  # of a cancellation that can be mended
+EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Taking a formula apart
+
+
+@dataclass(frozen=True)
+class Part:
+    """factor · G(rate · m). summands: those of G, as (number, order, F) each for number · t^order · F(t). degree: up to
+    which its Taylor terms are left out near 0, −1 for none. whole: beyond, it is G, else G − G(0)."""
+
+    factor: sympy.Expr
+    rate: sympy.Expr
+    summands: tuple
+    degree: int = -1
+    whole: bool = True
+
+    @property
+    def function(self):
+        return sum(number * T**order * function for number, order, function in self.summands)
+
+    @property
+    def is_(self):
+        """The F of a G that is just that; else None."""
+        (number, order, function), *others = self.summands
+        return function if not others and number == 1 and order == 0 else None
+
+    def left_out(self, m):
+        """What is left out near 0, and beyond, as polynomials in m."""
+        terms = [taylor(self.function, k) * (self.rate * m) ** k for k in range(self.degree + 1)]
+        return self.factor * sum(terms), 0 if self.whole else self.factor * sum(terms[:1])
+
+    @property
+    def order(self):
+        """The order of the first Taylor term that is not left out."""
+        return next(k for k in range(self.degree + 1, HIGHEST_ORDER + 4) if taylor(self.function, k) != 0)
+
+    @property
+    def cut(self):
+        """Where t is near 0: the more orders cancel, the further it reaches."""
+        return {1: CUT, 2: CUT, 3: 2 * CUT}.get(self.order, 4 * CUT)
 
 
 def canonical(formula, m):
@@ -40,7 +78,7 @@ def canonical(formula, m):
     in logarithms and powers starting from 1."""
 
     def logarithm(inside):
-        if inside.func is sympy.Add and len(inside.args) == 2 and inside.args[0] == 1:
+        if inside.is_Add and len(inside.args) == 2 and inside.args[0] == 1:
             other = inside.args[1]
             if other.func is sympy.exp and (other.args[0] / m).is_positive:
                 return other.args[0] + sympy.log(1 + sympy.exp(-other.args[0]))
@@ -78,16 +116,25 @@ def rate_of(function, m):
             rates.append(sympy.powdenest(abs(factor) ** (1 / power), force=True))
     numbers = [rate for rate in rates if rate.is_number]
     for rate in [max(numbers), *rates]:
-        scaled = function.subs(m, T / rate)
-        scaled = sympy.powdenest(scaled.doit(), force=True)
+        scaled = falling(sympy.powdenest(function.subs(m, T / rate), force=True))
         if scaled.free_symbols <= {T}:
             return rate, scaled
     raise UserError(f"{function} depends on its scalars in a way that this tool cannot make accurate near 0")
 
 
+def falling(function):
+    """F with eᵗ, which may overflow, written by e⁻ᵗ where F is rational in it and does not grow."""
+    e = sympy.Dummy()
+    by_decay = function.subs(sympy.exp(T), 1 / e).subs(DECAY, e)
+    if not function.has(sympy.exp(T)) or by_decay.has(T):
+        return function
+    above, below = sympy.fraction(sympy.cancel(by_decay))
+    return (above / sympy.factor(below)).subs(e, DECAY) if below.subs(e, 0) != 0 else function
+
+
 def take_apart(formula, m):
-    """(polynomial, {(F, rate, j): factor}) of a formula."""
-    polynomial, terms = sympy.Integer(0), {}
+    """(polynomial, list of Parts) of a formula."""
+    polynomial, found = sympy.Integer(0), []
     for term in sympy.Add.make_args(canonical(formula, m)):
         factor, rest = term.as_independent(m, as_Add=False)
         order, function = sympy.Integer(0), sympy.Integer(1)
@@ -101,71 +148,93 @@ def take_apart(formula, m):
             polynomial += term
             continue
         rate, scaled = rate_of(function, m)
-        key = scaled, rate, order
-        terms[key] = terms.get(key, 0) + factor
-    return polynomial, terms
+        for piece in sympy.Add.make_args(sympy.expand(factor / rate**order)):
+            number, symbols = piece.as_independent(*piece.free_symbols, as_Add=False)
+            found.append((symbols, rate, number, order, scaled))
+    groups = {}
+    for symbols, rate, number, order, function in found:
+        rates = {other[1] for other in found if other[0] == symbols}
+        if len(rates) > 1 and all(other.is_number for other in rates):  # e⁻ᵐ and e⁻²ᵐ are one G of m
+            number, function, rate = number * rate**order, function.subs(T, rate * T), sympy.Integer(1)
+        summands = groups.setdefault((symbols, rate), {})
+        summands[order, function] = summands.get((order, function), 0) + number
+    parts = []
+    for (symbols, rate), summands in groups.items():
+        by_order = {}
+        for (order, function), number in summands.items():
+            by_order.setdefault(order, []).append(number * function)
+        summands = []
+        for order, functions in by_order.items():
+            if any(function.has(sympy.tanh) for function in functions):  # of which sympy leaves more than there is
+                functions = [sympy.simplify(sum(functions))]
+            for function in functions:
+                number, function = function.as_independent(T, as_Add=False)
+                summands += [(number, order, function)] if number != 0 else []
+        if len(summands) == 1:  # its number belongs to the factor
+            symbols, summands = symbols * summands[0][0], [(sympy.Integer(1), *summands[0][1:])]
+        if summands:
+            parts.append(with_degree(Part(symbols, rate, tuple(summands)), polynomial, m))
+    return polynomial, parts
 
 
 @functools.cache
-def taylor(function):
-    """The Taylor coefficients of F at 0 up to HIGHEST_ORDER; none if it has none."""
-    coefficients, derivative = [], function
-    for k in range(HIGHEST_ORDER + 1):
-        value = derivative.subs(T, 0)
-        if not value.is_finite:
-            return []
-        coefficients.append(value / sympy.factorial(k))
-        derivative = derivative.diff(T)
-    return coefficients
-
-
-def remainder_degrees(polynomial, terms, m):
-    """{(F, rate, j): the order up to which the Taylor terms of F must be left out, −1 for none}: all orders at which
-    contributions of the terms and of the polynomial add up to exactly 0."""
-    degrees = {key: 0 if key[0] == SQUARE_LOG else -1 for key in terms}
-    for k in range(HIGHEST_ORDER + 1):
-        contributions = [(polynomial.coeff(m, k), None, 0)]
-        for key, factor in terms.items():
-            function, rate, order = key
-            inner = k - order
-            if inner.is_Integer and 0 <= inner < len(taylor(function)):
-                contributions.append((factor * taylor(function)[inner] * rate**inner, key, inner))
-        parts = {}  # by what they have of the scalars
-        for value, key, inner in contributions:
-            for part in sympy.Add.make_args(sympy.expand(value)):
-                if part != 0:
-                    number, scalars = part.as_independent(*part.free_symbols, as_Add=False)
-                    parts.setdefault(scalars, []).append((number, key, inner))
-        for found in parts.values():
-            total = sum(number for number, _, _ in found)
-            if len(found) > 1 and abs(sympy.N(total, 40)) < 1e-30:
-                for _, key, inner in found:
-                    if key:
-                        degrees[key] = max(degrees[key], int(inner))
-    return degrees
-
-
-def first_order(function, degree):
-    """The order of the first Taylor term of F beyond `degree`."""
-    return next(k for k, value in enumerate(taylor(function)) if k > degree and value != 0)
+def derivative(function, k):
+    return derivative(function, k - 1).diff(T) if k else function
 
 
 @functools.cache
-def fit(function, order):
-    """{dtype: coefficients c} with F(t) less its Taylor terms below t^order = t^order·(c₀ + c₁·t + …) for 0 ≤ t ≤ CUT,
-    to a quarter of an ulp of each dtype: interpolated at Chebyshev nodes."""
+def taylor(function, k):
+    """The k-th Taylor coefficient of G at 0; None if it has none."""
+    value = derivative(function, k).subs(T, 0)
+    if not value.is_finite:
+        return None
+    return sympy.Integer(0) if abs(sympy.N(value, 40)) < 1e-30 else value / sympy.factorial(k)
+
+
+def with_degree(part, polynomial, m):
+    """The part with the degree up to which it must be left out near 0: all orders, from the lowest, at which its Taylor
+    term and the polynomial's add up to exactly 0, or the terms of its summands do."""
+    degree = 0 if any(function == SQUARE_LOG for _, _, function in part.summands) else -1
+    whole = True
+    for k in range(HIGHEST_ORDER):
+        own = taylor(part.function, k)
+        if own is None:
+            return part
+        summands = [taylor(f, k - n) for _, n, f in part.summands if n.is_Integer and n <= k]
+        if not any(summands):
+            continue
+        scale = part.factor * part.rate**k
+        given = [term for term in sympy.Add.make_args(sympy.expand(polynomial.coeff(m, k))) if is_multiple(term, scale)]
+        if abs(sympy.N(sum(given) / scale + own, 40)) > 1e-30:
+            return Part(part.factor, part.rate, part.summands, degree, whole)
+        degree = k
+        whole = whole and not (k == 0 and given)
+    raise UserError("the terms of the integral cancel near 0 to a high order: try a simpler gradient")
+
+
+def is_multiple(term, other):
+    """Whether a term of a polynomial is a number times another."""
+    return term != 0 and sympy.powdenest(term / other, force=True).is_number
+
+
+@functools.cache
+def fit(function, order, cut):
+    """{dtype: coefficients c} with G(t) less its Taylor terms below t^order = t^order·(c₀ + c₁·u + …), u = t − cut/2,
+    for 0 ≤ t ≤ cut, to a quarter of an ulp of each dtype: interpolated at Chebyshev nodes."""
     with mpmath.workdps(60):
         exact = sympy.lambdify(T, function, "mpmath")
-        known = [mpmath.mpf(sympy.N(value, 60)) for value in taylor(function)[order - 1 :: -1]]
+        known = [mpmath.mpf(sympy.N(taylor(function, k), 60)) for k in reversed(range(order))]
+        middle = mpmath.mpf(cut) / 2
 
-        def remainder(t):
+        def remainder(u):
+            t = u + middle
             return (exact(t) - mpmath.polyval(known, t)) / t**order
 
-        smallest = min(abs(remainder(mpmath.mpf(CUT) * k / 8)) for k in range(1, 9))
+        smallest = min(abs(remainder(middle * k / 8)) for k in range(-7, 9))
         found = {}
         for dtype, epsilon in EPSILON.items():
-            for count in range(3, 33):
-                coefficients, error = mpmath.chebyfit(remainder, [0, CUT], count, error=True)
+            for count in range(3, 37):
+                coefficients, error = mpmath.chebyfit(remainder, [-middle, middle], count, error=True)
                 if error < epsilon / 2 * smallest:
                     found[dtype] = [float(c) for c in reversed(coefficients)]
                     break
@@ -181,19 +250,27 @@ def fit(function, order):
 class TorchPrinter(PythonCodePrinter):
     """Python for tensors and scalars; what holds numbers and fixed names alone goes to the math module."""
 
-    def __init__(self, fixed):
+    def __init__(self, scalars):
         super().__init__({"fully_qualified_modules": True})
-        self.fixed = fixed
+        self.scalars = {scalar.name for scalar in scalars}
+        self.fixed = {scalar.name for scalar in scalars if not scalar.trained}
+
+    def _as_ordered_terms(self, formula, order=None):
+        terms = super()._as_ordered_terms(formula, order=order)
+        return sorted(terms, key=lambda term: term.could_extract_minus_sign())
+
+    def is_fixed(self, formula):
+        return {symbol.name for symbol in formula.free_symbols} <= self.fixed
 
     def _print_Function(self, call):
         name = call.func.__name__
         if name not in TORCH_NAMES or len(call.args) != 1:
             raise UserError(f"the integral needs {name}(…), which torch cannot compute and differentiate everywhere")
         inside = call.args[0]
-        if {symbol.name for symbol in inside.free_symbols} <= self.fixed:
+        if self.is_fixed(inside):
             return f"math.{name}({self._print(inside)})"
-        if name == "log" and (less := inside - 1).could_extract_minus_sign() is False and not less.is_number:
-            return f"torch.log1p({self._print(less)})"
+        if name == "log" and inside.is_Add and 1 in inside.args:
+            return f"torch.log1p({self._print(inside - 1)})"
         return f"torch.{name}({self._print(inside)})"
 
     _print_log = _print_exp = _print_sin = _print_cos = _print_tan = _print_Function
@@ -201,23 +278,29 @@ class TorchPrinter(PythonCodePrinter):
 
     def _print_Pow(self, power, rational=False):
         base, exponent = power.as_base_exp()
-        if exponent in (sympy.Rational(1, 2), -sympy.Rational(1, 2)) and base.free_symbols:
-            square = (base - 1).as_independent(*base.free_symbols)[1] if base.func is sympy.Add else None
-            is_fixed = {symbol.name for symbol in base.free_symbols} <= self.fixed
-            root = f"{'math' if is_fixed else 'torch'}.sqrt({self._print(base)})"
-            if square is not None and square.is_Pow and square.exp == 2 and not is_fixed:
-                size = self._print(sympy.sqrt(base - 1))  # √(1 + t²), of a t whose square would overflow
-                root = f"torch.hypot({size}, torch.ones_like({size}))"
+        if base.is_Symbol and base.name not in self.scalars and exponent in (2, 3):
+            # a·p·p from the left: p² may overflow where a·p² does not
+            return "*".join([base.name] * int(exponent))
+        if abs(exponent) == sympy.Rational(1, 2) and not self.is_fixed(base):
+            square = base - 1
+            root = f"torch.sqrt({self._print(base)})"
+            if square.is_Pow and square.exp == 2:  # √(1 + t²), of a t² that would overflow
+                root = hypotenuse(self._print(square.base))
             return root if exponent > 0 else f"1/{root}"
         return super()._print_Pow(power, rational=rational)
+
+
+def hypotenuse(t):
+    """The code of √(t² + 1)."""
+    return f"torch.hypot({t}, torch.ones_like({t}))"
 
 
 class Writer:
     """Collects the lines of a function of code, and the series that all functions of a file need."""
 
     def __init__(self, scalars, series):
-        self.printer = TorchPrinter({scalar.name for scalar in scalars if not scalar.trained})
-        self.series = series  # {(F, degree): name}, shared by all functions of a file
+        self.printer = TorchPrinter(scalars)
+        self.series = series  # {(G, order, cut): name}, shared by all functions of a file
         self.lines = []
         self.names = {}  # {what it is: its name}
 
@@ -228,76 +311,103 @@ class Writer:
         """The symbol of a line's result; the line is written when it is first needed."""
         if what not in self.names:
             taken = set(self.names.values())
-            number = next(n for n in range(1, 99) if (wish if n == 1 else f"{wish}_{n}") not in taken)
-            self.names[what] = wish if number == 1 else f"{wish}_{number}"
+            self.names[what] = next(n for n in (wish, *(f"{wish}_{k}" for k in range(2, 99))) if n not in taken)
             if line:
                 self.lines.append(f"{self.names[what]} = {line}")
         return sympy.Symbol(self.names[what], positive=True)
 
+    def unpack(self, wishes, what, line):
+        """The symbols of a line with several results."""
+        new = (wishes[0], what) not in self.names
+        symbols = [self.name((wish, what), wish) for wish in wishes]
+        if new:
+            self.lines.append(f"{', '.join(map(str, symbols))} = {line}")
+        return symbols
+
     def exp_parts(self, t):
         """The symbols of E, rest, within, beyond of e⁻ᵗ."""
-        new = ("expm1", t) not in self.names
-        parts = [self.name((wish, t), wish) for wish in ("expm1", "rest", "within", "beyond")]
-        if new:
-            self.lines.append(f"{', '.join(part.name for part in parts)} = exp_terms({t}, x.dtype)")
-        return parts
+        return self.unpack(("expm1", "rest", "within", "beyond"), t, f"exp_terms({t}, x.dtype)")
 
-    def near(self, sizes):
+    def near(self, sizes, cut):
         """What says that all of these t are near 0."""
-        return " & ".join(str(self.name(("near", t), "near", f"{t} < CUT")) for t in sizes)
+        return " & ".join(str(self.name(("near", t, cut), "near", f"{t} < {cut}")) for t in sizes)
 
-    def halves(self, t, near):
-        """The symbols of the part of t that is near 0 and of the part beyond."""
-        new = ("within", t, near) not in self.names
-        parts = [self.name((wish, t, near), wish) for wish in ("within", "beyond")]
-        if new:
-            self.lines.append(f"{parts[0]}, {parts[1]} = split({t}, {near})")
-        return parts
+    def summand(self, number, order, function, t):
+        """The code of number · t^order · F(t). Powers of t come last, so that what falls has met what grows."""
+        if (
+            function.is_Pow
+            and function.exp.is_negative
+            and function.base in ROOTS
+            and (order or function.base != 1 + T)
+        ):
+            text = self.by_root(function, order, t)
+        else:
+            text = f"2 * torch.log({hypotenuse(t)})" if function == SQUARE_LOG else self.text(function.subs(T, t))
+            text = f"({text})" if function.is_Add or " / " in text else text
+            text += f" * {t}" * order if order.is_Integer else f" * {t}**({self.text(order)})"
+        return text if number == 1 else f"-{text}" if number == -1 else f"{self.text(number)} * {text}"
 
-    def rest(self, function, degree, t, near, whole):
-        """The symbol of F(t) less F(0), or if `whole` of F(t); near 0 less its Taylor terms up to `degree`."""
-        order = first_order(function, degree)
-        series = self.series.setdefault((function, order), f"SERIES_{len(self.series) + 1}")
-        text = self.text(function.subs(T, t) - (0 if whole else taylor(function)[0]))
-        if function == SQUARE_LOG:  # whose t² would overflow
-            text = f"2*torch.log(torch.hypot({t}, torch.ones_like({t})))"
-        line = f"torch.where({near}, near_zero({t}, {order}, {series}), {text})"
-        return self.name((function, order, t, near, whole), "rest", line)
+    def by_root(self, function, order, t):
+        """The code of t^order times a negative power of 1 + t or 1 + t², by t/(1 + t) or t/√(1 + t²)."""
+        line = f"{t} + 1" if function.base == 1 + T else hypotenuse(t)
+        root = self.name(("root", function.base, t), "root", line)
+        power = -function.exp * ROOTS[function.base]
+        shared = min(order, power)
+        ratio = self.name(("ratio", root, t), "ratio", f"{t} / {root}") if shared else 1
+        return self.text(ratio**shared * root ** (shared - power)) + f" * {t}" * (order - shared)
+
+    def function(self, part, t):
+        """The code of G(t), or of G(t) − G(0)."""
+        start = 0 if part.whole else taylor(part.function, 0)
+        summands = [self.summand(*summand, t) for summand in part.summands]
+        summands += [self.text(-start)] if start != 0 else []
+        return " + ".join(summands).replace("+ -", "- ")
+
+    def rest(self, part, t, near, cut):
+        """The symbol of G(t) less what is left out of it."""
+        series = self.series.setdefault((part.function, part.order, cut), f"SERIES_{len(self.series) + 1}")
+        line = f"torch.where({near}, near_zero({t}, {part.order}, {series}, {cut}), {self.function(part, t)})"
+        return self.name((part.function, part.order, t, near, part.whole), "rest", line)
 
     def write(self, formula, m):
         """The code of a formula of m; what it needs before is added to the lines."""
-        polynomial, terms = take_apart(formula, m)
-        degrees = remainder_degrees(polynomial, terms, m)
+        polynomial, parts = take_apart(formula, m)
         sizes = {}
-        for _, rate, _ in terms:
-            sizes[rate] = m if rate == 1 else self.name(("t", rate, m), "t", self.text(rate * m))
-        # the terms for which the polynomial is another one near 0 than beyond
-        changing = [key for key, degree in degrees.items() if degree > 0 or (degree == 0 and key[2] > 0)]
-        by_exp = len(changing) == 1 and changing[0] == (DECAY, changing[0][1], 0) and degrees[changing[0]] == 1
-        near = "" if by_exp else self.near({sizes[rate]: None for _, rate, _ in changing})
+        for part in parts:
+            t = m if part.rate == 1 else self.name(("t", part.rate, m), "t", self.text(part.rate * m))
+            sizes[part.rate] = t
+        # those for which the polynomial is another one near 0 than beyond
+        changing = [part for part in parts if sympy.expand(part.left_out(m)[0] - part.left_out(m)[1]) != 0]
+        by_exp = len(changing) == 1 and changing[0].is_ == DECAY and changing[0].degree == 1 and not changing[0].whole
+        cut = max((part.cut for part in changing), default=CUT)
+        joint = "" if by_exp else self.near({sizes[part.rate]: None for part in changing}, cut)
         total, within, beyond = 0, polynomial, polynomial
-        for key, factor in terms.items():
-            (function, rate, order), degree = key, degrees[key]
-            t, factor, whole = sizes[rate], factor * m**order, order > 0
-            left_out = [value * (rate * m) ** k for k, value in enumerate(taylor(function)[: degree + 1])]
-            within += factor * sum(left_out)
-            beyond += 0 if whole else factor * sum(left_out[:1])
-            if function == DECAY and (degree < 0 or (degree == 0 and not whole) or by_exp):
-                expm1, rest, _, _ = self.exp_parts(t)
-                total += factor * [expm1 + 1, expm1, rest][degree + 1]
-            elif degree < 0 or (degree == 0 and function in EXACT_AT_ZERO):
-                total += factor * function.subs(T, t)
+        for part in parts:
+            t, degree = sizes[part.rate], part.degree
+            within, beyond = (sum(pair) for pair in zip((within, beyond), part.left_out(m)))
+            if part.is_ == DECAY and not part.whole and (degree == 0 or by_exp):
+                code = self.exp_parts(t)[degree]
+            elif degree < 0 or (degree == 0 and part.is_ in EXACT_AT_ZERO):
+                text = self.function(part, t)
+                plain = part.is_ is not None and " / " not in text
+                code = part.is_.subs(T, t) if plain else self.name((part.function, t), "part", text)
+            elif part in changing:
+                code = self.rest(part, t, joint, cut)
             else:
-                condition = near if key in changing else self.near([t])
-                total += factor * self.rest(function, degree, t, condition, whole)
+                code = self.rest(part, t, self.near([t], part.cut), part.cut)
+            total += part.factor * code
         common, within, beyond = separate(within, beyond, m)
         formula = total + nested(common, m)
         if within or beyond:
-            rate = changing[0][1]
+            rate = changing[0].rate
             t = sizes[rate]
-            near_part, far_part = self.exp_parts(t)[2:] if by_exp else self.halves(t, near)
-            formula += nested(within.subs(m, near_part / rate), near_part)
-            formula += nested(beyond.subs(m, far_part / rate), far_part)
+            halves = (
+                self.exp_parts(t)[2:]
+                if by_exp
+                else self.unpack(("within", "beyond"), (t, joint), f"split({t}, {joint})")
+            )
+            for polynomial, half in zip((within, beyond), halves):
+                formula += nested(polynomial.subs(m, half / rate), half)
         return self.text(formula)
 
 
