@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import train
-from activations import get_activation
+from activations import get_activation, short_name
 from data import UserError, lock_folder
 from model import Llama
 from tools import plot
@@ -101,9 +101,9 @@ def read_grid(argv, out, world):
         config = replace(from_file, **train.read_config(arguments)[1])
         with torch.device("meta"):
             model = Llama(train.check(config, world))
-        case = {"activation": config.activation} | {name: getattr(config, name) for name in varied}
+        case = {"activation": short_name(config.activation)} | {name: getattr(config, name) for name in varied}
         words = [f"{name}={value}" for name, value in case.items() if name != "activation"]
-        folder = "-".join([config.activation, *words, f"seed={config.seed}"]).replace("/", "_")
+        folder = "-".join([case["activation"], *words, f"seed={config.seed}"]).replace("/", "_")
         if folder in runs:
             raise UserError(f"{folder} is there twice: give each value of a list once")
         config = replace(config, out=f"{out}/{folder}", resume=True)
