@@ -248,6 +248,7 @@ def file_text(name, command, positive, negative, scalars, form):
             "",
             *(f"{scalar.name} = {scalar.start!r}" for scalar in scalars if not scalar.trained),
             "",
+            "",
             body,
             "",
             "",
@@ -440,22 +441,24 @@ def report(module, positive, negative, scalars, start):
     return lines
 
 
-def draw(module, name, path):
-    """The activation and its gradient at the starting scalars."""
+def draw(module, name, scalars, path):
+    """The activation and its gradient at the starting scalars, as far as both sides can be seen."""
     figure, axes = plot.new_figure(1, 2, 10, 3.8)
-    act = module()
-    left = torch.linspace(-4, 0, 401, dtype=torch.float64)
-    right = torch.linspace(0, 3, 301, dtype=torch.float64)[1:]
-    own = [effective_scalar(getattr(act, key).detach().double(), bound) for key, bound in act.bound.items()]
-    for axis, label, function in zip(
-        axes[0],
-        ("activation f(x)", "gradient f′(x)"),
-        (module.value, lambda x, *scalars: module.partials(x, *scalars)[0]),
-    ):
-        for x in (left, right):  # apart, so that a jump is no slope
-            axis.plot(x, function(x, *own), linewidth=1.8, **plot.line_style(0))
+    start = [torch.tensor(scalar.start, dtype=torch.float64) for scalar in scalars if scalar.trained]
+    halves = [torch.linspace(-5, 0, 501, dtype=torch.float64), torch.linspace(0, 2.5, 251, dtype=torch.float64)[1:]]
+    drawn = {"activation f(x)": module.value, "gradient f′(x)": lambda *at: module.partials(*at)[0]}
+    for axis, (label, function) in zip(axes[0], drawn.items()):
+        curves = [function(x, *start) for x in halves]
+        for x, y in zip(halves, curves):  # apart, so that a jump is no slope
+            axis.plot(x, y, linewidth=1.8, **plot.line_style(0))
+        low, high = max(-3.0, min(y.min().item() for y in curves)), min(3.0, max(y.max().item() for y in curves))
+        margin = 0.08 * (high - low) or 1.0
+        axis.set_ylim(low - margin, high + margin)
         axis.axhline(0, color="#888888", linewidth=0.8)
+        axis.axvline(0, color="#888888", linewidth=0.8)
         axis.set(xlabel="x", ylabel=label)
+    given = ", ".join(f"{GREEK.get(scalar.name, scalar.name)} = {scalar.start:g}" for scalar in scalars)
+    figure.suptitle(f"{name} at {given}" if given else name, fontsize="medium")
     plot.save(figure, path)
 
 
@@ -514,7 +517,7 @@ def make(name, command, positive, negative, scalars, settings):
                 first = first or error
         else:
             raise first
-        draw(module, name, path.with_suffix(".png"))
+        draw(module, name, scalars, path.with_suffix(".png"))
         return text, module, path.with_suffix(".png").read_bytes()
 
 

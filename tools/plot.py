@@ -59,7 +59,9 @@ def line_style(number):
 
 def label_of(case):
     """What to call the runs of a case, {key: value} with an activation: that, and what else there is."""
-    return " ".join([short_name(case["activation"]), *(f"{name}={value}" for name, value in case.items() if name != "activation")])
+    return " ".join(
+        [short_name(case["activation"]), *(f"{name}={value}" for name, value in case.items() if name != "activation")]
+    )
 
 
 def read_groups(folders):
