@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import integral
+import train
 from activations import ACTIVATIONS, get_activation, load_derived, short_name
 from data import UserError
-from runs import error, log, run
+from runs import error, log
 from tools import bench, compare, derive, formula, plot, stable
 from xielu import XIELU, XIEP, XIPReLU
 
@@ -80,18 +81,25 @@ BY_HAND = {"soft_dip": soft_dip, "short_dip": short_dip}
 def made(tmp_path_factory):
     """{name: (path, what was printed)} of all of the above, derived in one folder."""
     folder = tmp_path_factory.mktemp("made")
-    found = {}
+    found, check_compiled = {}, derive.check_compiled
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, arguments in ({name: known[0] for name, known in KNOWN.items()} | NEW).items():
             printed = []
-            patch.setattr(
-                "builtins.print", lambda *words, printed=printed, **_: printed.append(" ".join(map(str, words)))
-            )
+            patch.setattr("builtins.print", lambda *words, into=printed, **_: into.append(" ".join(map(str, words))))
+            compiles = name == "soft_dip"  # once, since it takes a while
+            patch.setattr(derive, "check_compiled", check_compiled if compiles else lambda module: None)
             assert derive.main([name, *arguments]) == 0, printed
             found[name] = folder / "derived" / f"{name}.py", "\n".join(printed)
             assert (folder / "derived" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     return found
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Nothing is compiled, which takes a while."""
+    monkeypatch.setattr(integral, "can_compile", lambda device: False)
+    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
 
 
 def module_of(made, name):
@@ -111,7 +119,7 @@ def pass_through(module, x, grad):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_known_ones_are_the_hand_written_ones(made, name):
+def test_known_ones_are_the_hand_written_ones(made, name, uncompiled):
     """To float64 rounding, near 0, at the joints and far out, at the start and elsewhere."""
     _, hand_written, names = KNOWN[name]
     sizes = torch.cat([torch.logspace(-12, 3, 400, dtype=torch.float64), torch.linspace(0.49, 0.51, 201).double()])
@@ -125,15 +133,16 @@ def test_known_ones_are_the_hand_written_ones(made, name):
             scalar.data += shift
             getattr(mine, key).data.copy_(scalar.data)
         (y, grad_x, by_scalar), expected = pass_through(mine, x, grad), pass_through(theirs, x, grad)
-        torch.testing.assert_close(y, expected[0], rtol=2e-15, atol=0)
-        torch.testing.assert_close(grad_x, expected[1], rtol=2e-15, atol=1e-15)
+        # of the terms that each is the sum of
+        assert ((y - expected[0]).abs() <= 1e-15 * (y.abs() + x.abs())).all()
+        assert ((grad_x - expected[1]).abs() <= 1e-15 * (grad_x.abs() + 1)).all()
         for key, other in names.items():
             assert by_scalar[key].item() == pytest.approx(expected[2][other].item(), rel=1e-6)  # float32 each
 
 
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_new_ones_against_the_formulas_in_many_digits(made, name, dtype):
+def test_new_ones_against_the_formulas_in_many_digits(made, name, dtype, uncompiled):
     tolerance = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
     sizes = torch.cat([torch.logspace(-12, 4, 150), torch.linspace(0.45, 0.55, 60)])
     x = torch.cat([sizes, -sizes]).to(dtype)
@@ -153,7 +162,7 @@ def test_new_ones_against_the_formulas_in_many_digits(made, name, dtype):
         )
 
 
-def test_they_are_the_integrals_of_their_gradients(made):
+def test_they_are_the_integrals_of_their_gradients(made, uncompiled):
     """Independently of sympy and mpmath."""
     gradients = {"soft_dip": lambda x: 0.8 * x / (1 - x) + 0.5, "short_dip": lambda x: (0.8 * x + 0.5) * math.exp(x)}
     nodes, weights = np.polynomial.legendre.leggauss(60)
@@ -164,10 +173,9 @@ def test_they_are_the_integrals_of_their_gradients(made):
             assert value == pytest.approx(expected, rel=1e-7, abs=1e-12)  # its scalars are float32
 
 
-def test_tiny_inputs_where_nothing_hides_what_cancels(tmp_path, monkeypatch):
+def test_tiny_inputs_where_nothing_hides_what_cancels(tmp_path, monkeypatch, uncompiled):
     """Without β·x beside it, f is as small as x², and still exact; in bf16 too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
     arguments = ["--positive=a*(exp(-x) - 1 + x)", "--negative=b*(exp(x) - 1)", "--trained=a=1, b=1"]
     assert derive.main(["bare", *arguments]) == 0
     module = load_derived(tmp_path / "derived/bare.py").module
@@ -182,7 +190,7 @@ def test_tiny_inputs_where_nothing_hides_what_cancels(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["my_xielu", *NEW])
-def test_extreme_inputs(made, name):
+def test_extreme_inputs(made, name, uncompiled):
     module, top = module_of(made, name), torch.finfo(torch.float32).max
     x = torch.tensor([math.nan, math.inf, -top, -1e30, 1e18, 0.0, -0.0])
     y = module(x)
@@ -195,7 +203,7 @@ def test_extreme_inputs(made, name):
     assert all(scalar.grad.isfinite() for scalar in module.parameters())
 
 
-def test_module(made):
+def test_module(made, uncompiled):
     module = module_of(made, "soft_dip")
     assert type(module).__name__ == "SoftDip" and list(module.state_dict()) == ["ap", "an"]
     assert all(scalar.shape == (1,) and scalar.dtype == torch.float32 for scalar in module.parameters())
@@ -244,10 +252,9 @@ def test_report(made):
     assert "x → −∞           f → 0.3, f′ → 0\n" in made["short_dip"][1]
 
 
-def test_a_file_says_how_it_was_made(made, tmp_path, monkeypatch):
+def test_a_file_says_how_it_was_made(made, tmp_path, monkeypatch, uncompiled):
     """Its docstring's command makes the same file again, whatever it was written like."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
     for name in ("my_xielu", "short_dip"):
         text = made[name][0].read_text("utf-8")
         command = re.search(r"^    python -m tools\.derive (.*?)\n\"\"\"", text, re.M | re.S)[1].replace("\\\n", " ")
@@ -268,16 +275,14 @@ def test_a_file_says_how_it_was_made(made, tmp_path, monkeypatch):
         ["--positive=2*a", "--negative=0.1*b", "--allow_jump"],
     ],
 )
-def test_gradients_of_other_kinds(tmp_path, monkeypatch, gradients):
+def test_gradients_of_other_kinds(tmp_path, monkeypatch, gradients, uncompiled):
     """The tool's own checks pass: value and gradients by quadrature in each dtype, and gradcheck."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
     assert derive.main(["other", *gradients, "--trained=a=0.7, b=0.6"]) == 0
 
 
-def test_no_scalars_and_no_negative_side(tmp_path, monkeypatch, capsys):
+def test_no_scalars_and_no_negative_side(tmp_path, monkeypatch, capsys, uncompiled):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
     assert derive.main(["half_relu2", "--positive=x"]) == 0
     assert "f = 0 at x = 0" in capsys.readouterr().out
     module = load_derived(tmp_path / "derived/half_relu2.py").module()
@@ -287,9 +292,8 @@ def test_no_scalars_and_no_negative_side(tmp_path, monkeypatch, capsys):
     assert y.tolist() == [0.0, 0.0, 4.5] and x.grad.tolist() == [0.0, 0.0, 3.0] and module.effective() == {}
 
 
-def test_free_scalars(tmp_path, monkeypatch):
+def test_free_scalars(tmp_path, monkeypatch, uncompiled):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
     assert derive.main(["free", "--positive=2*a*x + b", "--negative=b*exp(x)", "--trained=a=0~,b=-0.5~"]) == 0
     module = load_derived(tmp_path / "derived/free.py").module()
     assert module.effective() == {"a": 0.0, "b": -0.5}
@@ -313,8 +317,8 @@ def refused(capsys, *arguments):
     "fault, message",
     [
         ("integral", r"f in float64 at x = 1.00187e-12.* instead of 5.0\d+e-13"),
-        ("series", r"f in float\d\d at x = -0.\d+"),
-        ("cancellation", r"f in float64 at x = -1.0\d+e-\d+.* instead of"),
+        ("series", r"f in float64 at x = -1.0\d+e-08.* is -5.00585879e-09 instead of -5.00585879e-09"),
+        ("cancellation", r"∂f/∂an in float64 at x = -1.0\d+e-12.* instead of"),
         ("gradcheck", "gradients are not those of its values"),
         ("compiled", "torch.compile computes f otherwise"),
     ],
@@ -337,7 +341,7 @@ def test_what_is_not_right_is_not_written(tmp_path, monkeypatch, capsys, fault, 
     if fault == "cancellation":
         monkeypatch.setattr(stable, "with_degree", lambda part, *_: part)
     if fault == "gradcheck":
-        monkeypatch.setattr(integral.torch, "sigmoid", lambda x: 1.001 * x.sigmoid())
+        monkeypatch.setattr(integral.torch, "sigmoid", lambda x: 1.1 * x.sigmoid())
     if fault == "compiled":
         monkeypatch.setattr(
             integral, "call_compiled", lambda function, *at: function(*at) if len(at) > 3 else function(*at) + 1e-4
@@ -443,9 +447,8 @@ def test_input_is_never_run(tmp_path, monkeypatch, capsys, text):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_python_ignores_does_not_get_into_the_file(tmp_path, monkeypatch):
+def test_what_python_ignores_does_not_get_into_the_file(tmp_path, monkeypatch, uncompiled):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)
     assert derive.main(["new", '--positive=2 * x  # """\nopen("hacked", "w")#', "--negative=0"]) == 2
     assert derive.main(["new", '--positive=2 * x  # """; open("hacked", "w")']) == 0
     assert "hacked" not in (tmp_path / "derived/new.py").read_text("utf-8")
@@ -510,28 +513,29 @@ def test_files_that_are_none(tmp_path, config, capsys):
     )
 
 
-def test_train_and_resume(made, config, tmp_path, capsys):
-    """The run that was interrupted is the run that was not; the formula may not change meanwhile."""
+def test_train_and_resume(made, config, tmp_path, capsys, uncompiled):
+    """The run that was stopped is the run that was not; the formula may not change meanwhile."""
     path = tmp_path / "derived" / "soft_dip.py"
     path.parent.mkdir()
     shutil.copy(made["soft_dip"][0], path)
-    arguments = [config, f"--activation={path}"]
-    run(*arguments, f"--out={tmp_path}/whole")
-    out = tmp_path / "out"
-    run(*arguments, f"--out={out}", "--max_steps=8")
-    run(config, f"--out={out}", "--max_steps=12", "--decay_steps=4", "--resume")
-    whole = log(tmp_path / "whole")
-    assert {len(record["ap"]) for record in whole if record["kind"] == "val"} == {2}
-    assert whole[-1]["ap"] != [0.8, 0.8] and whole[-1]["loss"] < whole[0]["loss"]
-    assert [record for record in log(out) if record["step"] <= 4] == [r for r in whole if r["step"] <= 4]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train.main([str(config), f"--activation={path}", f"--out={whole}"]) == 0
+    assert train.main([str(config), f"--activation={path}", f"--out={out}", "--max_steps=8"]) == 0
+    assert train.main([str(config), f"--out={out}", "--max_steps=12", "--resume"]) == 0
+    validations = [record for record in log(whole) if record["kind"] == "val"]
+    assert validations[0]["ap"] == pytest.approx([0.8, 0.8]) and validations[-1]["ap"] != validations[0]["ap"]
+    assert validations[-1]["loss"] < validations[0]["loss"]
+    assert [record for record in log(out) if record["step"] <= 4] == [r for r in log(whole) if r["step"] <= 4]
     assert log(out)[-1]["step"] == 12
-    path.write_text(path.read_text("utf-8").replace("beta = 0.5", "beta = 0.6"), "utf-8")
-    text = run(config, f"--out={out}", "--max_steps=14", "--resume", status=2)
-    assert "has changed since the run began" in text and "beta = 0.5" in text and text.count("error:") == 1
+    path.write_text(path.read_text("utf-8").replace("(beta = 0.5", "(beta = 0.6"), "utf-8")
+    load_derived.cache_clear()  # another process
+    message = error(capsys, config, f"--out={out}", "--max_steps=14", "--resume")
+    assert "has changed since the run began" in message and "(beta = 0.5" in message and "(beta = 0.6" in message
 
 
-def test_compare(made, config, tmp_path, capsys):
+def test_compare(made, config, tmp_path, monkeypatch, capsys, uncompiled):
     """Rows, folders and figures are called by the file's name alone."""
+    monkeypatch.setattr(compare, "execute", lambda run, *_: (train.main(run.arguments), ""))
     path = made["short_dip"][0]
     line = [str(config), f"--activation=relu2,{path}", "--max_steps=8", "--eval_every=2", f"--out={tmp_path}/grid"]
     assert compare.main(line) == 0

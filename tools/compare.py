@@ -94,7 +94,7 @@ def read_grid(argv, out, world):
             lists[name] = values.split(",") if equals else ["True"]
     from_file, _ = train.read_config(files)
     lists["seed"] = lists["seed"] or [str(from_file.seed)]
-    varied = [name for name, values in lists.items() if len(values) > 1 and name != "seed"]
+    varied = [name for name, values in lists.items() if len(values) > 1 and name not in ("activation", "seed")]
     runs = {}
     for values in itertools.product(*lists.values()):
         arguments = [*files, *(f"--{name}={value}" for name, value in zip(lists, values))]
