@@ -45,7 +45,7 @@ OPERATORS = {
 }
 LONGEST, DEEPEST, LARGEST, HIGHEST_POWER = 400, 40, 1e6, 12
 # names that the code of a derived file has for other things
-TAKEN = set("x p m t torch math beta_ value partials positive negative sides split near_zero exp_terms CUT".split())
+TAKEN = set("x p m t torch math value partials positive negative sides split near_zero exp_terms CUT".split())
 TAKEN |= {
     "near",
     "root",
@@ -68,7 +68,7 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds, message):
-    """A UserError with this message if what is done inside takes longer."""
+    """A UserError with this message if what sympy does inside takes longer, or is more than it can do."""
 
     def stop(number, frame):
         raise OutOfTime
@@ -77,7 +77,9 @@ def time_limit(seconds, message):
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
-    except (OutOfTime, RecursionError, MemoryError):
+    except UserError:
+        raise
+    except (OutOfTime, Exception):  # sympy's own faults are of every kind
         raise UserError(message) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
