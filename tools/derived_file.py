@@ -126,7 +126,7 @@ def file_text(name, command, positive, negative, scalars, form):
             "",
             *(f"{describe_scalar(scalar)}." for scalar in scalars),
             "",
-            "It comes from",
+            "In the code p = max(x, 0) and m = max(−x, 0); integral.py says what the other names are. It comes from",
             "",
             *(f"    {line}" for line in command),
             '"""',

@@ -390,7 +390,11 @@ class Writer:
             elif degree < 0 or (degree == 0 and part.is_ in EXACT_AT_ZERO):
                 text = self.function(part, t)
                 plain = part.is_ is not None and " / " not in text
-                code = part.is_.subs(T, t) if plain else self.name((part.function, t), "part", text)
+                if plain:
+                    code = part.is_.subs(T, t)
+                else:
+                    named = text in self.names.values()
+                    code = sympy.Symbol(text, positive=True) if named else self.name((part.function, t), "part", text)
             elif part in changing:
                 code = self.rest(part, t, joint, cut)
             else:
