@@ -9,13 +9,18 @@ G(x) = g(x)·(1 + 2α) − α, from 0 ("Expanded Gating Ranges Improve Activatio
     second order    x·G(x)·y        swiglu, geglu, atglu    expanded: xswiglu, xgeglu, xatglu
 
 To add one, write a module and a line in ACTIVATIONS below: train.py, the parameter matching and the comparison
-need nothing else.
+need nothing else. Or have tools/derive.py write one from its gradient: the path of that file is its name.
 """
 
 import difflib
+import functools
+import importlib.util
 import math
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -130,10 +135,37 @@ ACTIVATIONS = {
 }
 
 
+@functools.cache
+def load_derived(path):
+    """The Activation of a file that tools/derive.py wrote; ValueError if it is none. Like a config, it is run."""
+    if not path.is_file():
+        raise ValueError(f"there is no activation {path}: python -m tools.derive makes one from a gradient")
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", str(path)), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where torch.compile looks for the functions' globals
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
+    activation = getattr(module, "ACTIVATION", None)
+    if not isinstance(activation, Activation):
+        raise ValueError(f"{path} is no activation: it has no ACTIVATION, as what python -m tools.derive writes has")
+    return activation
+
+
+def short_name(name):
+    """What to call an activation in tables, figures and folders: its name, of a file without the folder and .py."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
 def get_activation(name):
-    """The Activation called `name`; ValueError that lists the known ones if there is none."""
+    """The Activation called `name`, or in the file of that name if it ends in .py; ValueError that lists the known ones
+    if there is none."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
+    if name.endswith(".py"):
+        return load_derived(Path(name).resolve())
     nearest = difflib.get_close_matches(name, ACTIVATIONS, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ValueError(f"unknown activation {name!r}: {hint}known are {', '.join(ACTIVATIONS)}")

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from activations import get_activation
 from data import Corpus, UserError, bits_per_byte, lock_folder, prefetched, read_meta, validation_batches
 from model import IGNORE, Llama, ModelConfig
 from xielu import can_compile
@@ -67,7 +68,7 @@ class Config:
     """Every key of a run, its default and what it means."""
 
     # model
-    activation: str = key(ModelConfig.activation, "a name from activations.py")
+    activation: str = key(ModelConfig.activation, "a name from activations.py, or derived/NAME.py")
     activation_memory: str = key(
         ModelConfig.activation_memory,
         "inverted: xielu keeps its output for the backward pass, which the next layer keeps anyway, not its input",
@@ -575,6 +576,11 @@ def train(from_file, options):
     if checkpoint:
         config = resumed_config(checkpoint, from_file, options)
     model_config = check(config, WORLD)
+    formula = get_activation(config.activation).formula
+    if checkpoint and checkpoint.get("formula", formula) != formula:
+        raise UserError(
+            f"{config.activation} has changed since the run began: it was {checkpoint['formula']}, now {formula}"
+        )
     if RANK == 0 and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
         raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
     start = checkpoint["step"] if checkpoint else 0
@@ -681,6 +687,7 @@ def train(from_file, options):
             "config": asdict(config),
             "from_file": asdict(from_file),
             "data": data,
+            "formula": formula,
         }
         try:
             if RANK == 0:

@@ -15,13 +15,13 @@ import pytest
 import prepare_data
 import train
 from activations import ACTIVATIONS
-from tools import bench, compare, follow, hf, plot, sample
+from tools import bench, compare, derive, follow, hf, plot, sample
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text("utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.M | re.S)
-LINES = [line for kind, block in FENCES if kind == "sh" for line in block.splitlines()]
-LINES += [
+FENCED = [line for kind, block in FENCES if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
+LINES = FENCED + [
     " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S))
 ]
 # every command of the README, in its order within the fences, then within the text
@@ -57,6 +57,8 @@ def test_training_commands():
     lines = [command for command in COMMANDS if "train.py" in command and "--help" not in command]
     assert len(lines) >= 6
     for command in lines:
+        if "derived/" in command:  # run below
+            continue
         path, *keys = command.partition("train.py")[2].split()
         config, options = train.read_config([str(ROOT / path), *keys])
         train.check(train.replace(config, **options), processes(command))
@@ -97,7 +99,7 @@ def test_compare_commands(tmp_path, monkeypatch, capsys):
     lines = words_of("-m tools.compare")
     assert len(lines) >= 3
     for words in lines:
-        if "smooth_relu2" not in " ".join(words):  # below
+        if "smooth_relu2" not in " ".join(words) and "derived/" not in " ".join(words):  # below
             words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
             assert compare.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
 
@@ -113,19 +115,19 @@ def test_commands_that_need_no_hours_run(tmp_path, monkeypatch, capsys):
         "train.py": (train.main, SMALL),
         "-m tools.compare": (compare.main, SMALL),
         "-m tools.plot": (plot.main, []),
+        "-m tools.derive": (derive.main, []),
         "-m tools.sample": (sample.main, ["--tokens=5"]),
         "-m tools.follow": (follow.main, []),
     }
     if importlib.util.find_spec("transformers"):
         mains["-m tools.hf"] = (hf.main, [])
+    monkeypatch.setattr(derive, "check_compiled", lambda module: None)  # test_derive.py does
     ran = []
-    fenced = [
-        part for kind, block in FENCES if kind == "sh" for line in block.splitlines() for part in line.split("&&")
-    ]
-    for command in fenced:
+    for command in (part for line in FENCED for part in line.split("&&")):
         for program, (main, reductions) in mains.items():
             if program in command and "smooth_relu2" not in command:
                 arguments = shlex.split(command.partition(program)[2])
+                reductions = [*reductions, "--seed=1"] if "derived/" in command and "--seed=" in command else reductions
                 assert main([*arguments, *reductions]) in (0, None), capsys.readouterr().err
                 ran.append(program)
     assert set(ran) == set(mains) and len(ran) >= 6

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import train
-from activations import get_activation
+from activations import get_activation, short_name
 from data import UserError, lock_folder
 from model import Llama
 from tools import plot
@@ -94,16 +94,16 @@ def read_grid(argv, out, world):
             lists[name] = values.split(",") if equals else ["True"]
     from_file, _ = train.read_config(files)
     lists["seed"] = lists["seed"] or [str(from_file.seed)]
-    varied = [name for name, values in lists.items() if len(values) > 1 and name != "seed"]
+    varied = [name for name, values in lists.items() if len(values) > 1 and name not in ("activation", "seed")]
     runs = {}
     for values in itertools.product(*lists.values()):
         arguments = [*files, *(f"--{name}={value}" for name, value in zip(lists, values))]
         config = replace(from_file, **train.read_config(arguments)[1])
         with torch.device("meta"):
             model = Llama(train.check(config, world))
-        case = {"activation": config.activation} | {name: getattr(config, name) for name in varied}
+        case = {"activation": short_name(config.activation)} | {name: getattr(config, name) for name in varied}
         words = [f"{name}={value}" for name, value in case.items() if name != "activation"]
-        folder = "-".join([config.activation, *words, f"seed={config.seed}"]).replace("/", "_")
+        folder = "-".join([case["activation"], *words, f"seed={config.seed}"]).replace("/", "_")
         if folder in runs:
             raise UserError(f"{folder} is there twice: give each value of a list once")
         config = replace(config, out=f"{out}/{folder}", resume=True)

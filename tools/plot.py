@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import train
-from activations import ACTIVATIONS
+from activations import ACTIVATIONS, short_name
 from data import UserError
 from tools.command import run_command
 from xielu import XIELU
@@ -59,7 +59,9 @@ def line_style(number):
 
 def label_of(case):
     """What to call the runs of a case, {key: value} with an activation: that, and what else there is."""
-    return " ".join([case["activation"], *(f"{name}={value}" for name, value in case.items() if name != "activation")])
+    return " ".join(
+        [short_name(case["activation"]), *(f"{name}={value}" for name, value in case.items() if name != "activation")]
+    )
 
 
 def read_groups(folders):
