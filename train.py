@@ -555,6 +555,7 @@ def open_log(out, config, device, records):
     """Write config.json and a log.jsonl of these records into the run's folder, and open that, unbuffered, for more."""
     about = {
         "config": asdict(config),
+        "formula": get_activation(config.activation).formula,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         "device": device_name(device),
         "commit": git_commit(),

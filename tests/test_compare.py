@@ -240,6 +240,9 @@ def test_a_folder_of_another_config_is_refused(config, tmp_path, capsys):
     (longer,) = read_grid([config, "--max_steps=50"], tmp_path, 1)
     with pytest.raises(compare.UserError, match="holds a run with max_steps=80, not 50"):
         compare.check_folder(longer)
+    (folder / "config.json").write_text(json.dumps(saved | {"formula": "max(x, 0)"}))
+    with pytest.raises(compare.UserError, match=re.escape("holds a run with formula='max(x, 0)', not")):
+        compare.check_folder(run)
     (folder / "config.json").write_text("{")
     with pytest.raises(compare.UserError, match="cannot be read"):
         compare.check_folder(run)

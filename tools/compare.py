@@ -132,13 +132,15 @@ def print_grid(runs):
 
 
 def check_folder(run):
-    """UserError if the run's folder holds a run with another config."""
+    """UserError if the run's folder holds a run with another config, or another formula of its activation."""
     path = run.out / "config.json"
     try:
-        saved = dict(json.loads(path.read_text("utf-8"))["config"]) if path.exists() else {}
+        about = json.loads(path.read_text("utf-8")) if path.exists() else {"config": {}}
+        saved = about["config"] | {name: about[name] for name in about if name == "formula"}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete {run.out}") from None
-    for name, value in asdict(run.config).items():
+    asked = asdict(run.config) | {"formula": get_activation(run.config.activation).formula}
+    for name, value in asked.items():
         if name not in ("out", "resume") and saved.get(name, value) != value:
             raise UserError(
                 f"{run.out} holds a run with {name}={saved[name]!r}, not {value!r}: choose another --out, or delete it"
