@@ -166,6 +166,8 @@ def get_activation(name):
         return ACTIVATIONS[name]
     if name.endswith(".py"):
         return load_derived(Path(name).resolve())
+    if Path(f"derived/{name}.py").is_file():
+        raise ValueError(f"unknown activation {name!r}: did you mean 'derived/{name}.py'?")
     nearest = difflib.get_close_matches(name, ACTIVATIONS, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ValueError(f"unknown activation {name!r}: {hint}known are {', '.join(ACTIVATIONS)}")

@@ -37,7 +37,7 @@ try:
     import mpmath
     import sympy
 
-    from tools.derived_file import class_name, command_lines, file_text, table
+    from tools.derived_file import command_lines, file_text, table
     from tools.formula import GREEK, M, P, X, integrate, read_gradient, read_scalars, show, time_limit
     from tools.verify import check_code, check_compiled, settings_of
 except ImportError:  # said when it is needed
@@ -69,9 +69,9 @@ def read_options(argv):
 def check_name(name):
     """UserError if a new derived activation cannot be called so."""
     path = FOLDER / f"{name}.py"
-    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[A-Za-z]\w{,50}", name, re.ASCII) or keyword.iskeyword(name):
         raise UserError(f"{name!r} is no name for an activation: take letters, digits and _, as in my_xielu")
-    if name in ACTIVATIONS or class_name(name) in ("Integrated", "Activation"):
+    if name in ACTIVATIONS:
         raise UserError(f"the name {name} is taken by an activation that is there already: choose another")
     if path.exists():
         raise UserError(f"{path} exists: choose another name, or delete it (and the runs that were made with it)")
@@ -92,25 +92,37 @@ def check_jump(positive, negative, numbers, allowed):
 def check_finite(gradient, sign, option, settings):
     """UserError at the first place on its side where a gradient in X is no finite real number."""
     size = P if sign > 0 else M
-    places = [0, *(10.0**k for k in range(-12, 4)), *(k / 8 for k in range(1, 400))]
     for numbers in settings:
         function = gradient.subs(X, sign * size).subs(numbers)
-        with contextlib.suppress(UserError), time_limit(20, "the places below are looked at all the same"):
+        places = [0, *(10.0**k for k in range(-12, 4)), *(k / 8 for k in range(1, 400))]
+        with contextlib.suppress(UserError), time_limit(20, "the places above are looked at all the same"):
             poles = sympy.singularities(function, size, sympy.Interval(0, sympy.oo))
-            places += [float(pole) for pole in poles] if isinstance(poles, sympy.FiniteSet) else []
-        function = sympy.lambdify(size, function, "mpmath")
-        for place in places:
-            try:
-                value = mpmath.mpmathify(function(mpmath.mpf(place)))
-                fine = mpmath.isfinite(value) and mpmath.im(value) == 0
-            except (ZeroDivisionError, ValueError, OverflowError):
-                fine = False
-            if not fine:
-                where = ", ".join(f"{symbol} = {float(value):.4g}" for symbol, value in numbers.items())
-                raise UserError(
-                    f"{option}: the gradient {show(gradient)} is no finite number at "
-                    f"x = {sign * place:.6g}{' with ' + where if where else ''}"
-                )
+            if isinstance(poles, sympy.FiniteSet):
+                places += [pole for pole in poles if sympy.limit(function, size, pole, "+").is_infinite]
+        with time_limit(20, f"{option} takes too long to compute: try a simpler gradient"):
+            place = place_not_finite(sympy.lambdify(size, function, "mpmath"), places)
+        if place is not None:
+            where = ", ".join(f"{symbol} = {float(value):.4g}" for symbol, value in numbers.items())
+            raise UserError(
+                f"{option}: the gradient {show(gradient)} is no finite number at "
+                f"x = {sign * place:.6g}{' with ' + where if where else ''}"
+            )
+
+
+def place_not_finite(function, places):
+    """The first place where a function gives no finite real number, as a float; a symbolic one is a pole. None if it
+    does everywhere."""
+    for place in places:
+        if isinstance(place, sympy.Basic):
+            return float(place)
+        try:
+            value = mpmath.mpmathify(function(mpmath.mpf(place)))
+            fine = mpmath.isfinite(value) and mpmath.im(value) == 0
+        except (ZeroDivisionError, ValueError, OverflowError):
+            fine = False
+        if not fine:
+            return place
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,6 +232,8 @@ def derive(argv):
     for sign, option in ((1, "positive"), (-1, "negative")):
         gradient, texts[option] = read_gradient(options[option], scalars, f"--{option}")
         sides.append((gradient, sign, f"--{option}"))
+    if all(gradient == 0 for gradient, _, _ in sides):
+        raise UserError("the gradient is 0 everywhere: give one that is not, as in --positive='2*a*x'")
     used = set().union(*(gradient.free_symbols for gradient, _, _ in sides))
     for scalar in scalars:
         if scalar.symbol not in used and scalar.name not in [other.bound_name for other in scalars]:

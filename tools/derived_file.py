@@ -8,10 +8,6 @@ from tools.formula import GREEK, show
 from tools.stable import Writer, fit
 
 
-def class_name(name):
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
-
-
 def table(positive, negative, trained, symbols):
     """The rows of gradient, integral and the scalars' gradients in x, aligned: a list of lines."""
     rows = [["", "x > 0", "x ≤ 0"]]
@@ -139,7 +135,7 @@ def file_text(name, command, positive, negative, scalars, form):
             body,
             "",
             "",
-            f"class {class_name(name)}(Integrated):",
+            "class Derived(Integrated):",
             f'    """{name} with its trained scalars."""',
             "",
             f"    start = {{{starts}}}",
@@ -151,7 +147,7 @@ def file_text(name, command, positive, negative, scalars, form):
             "FORMULA = (",
             *(f'    "{part}"' for part in formula if part),
             ")",
-            f"ACTIVATION = Activation(FORMULA, {class_name(name)})",
+            "ACTIVATION = Activation(FORMULA, Derived)",
             "",
         ]
     )

@@ -5,6 +5,7 @@ off after a while, since an integral that it cannot find it may seek for ever.
 """
 
 import ast
+import builtins
 import contextlib
 import keyword
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import sympy
 from sympy.printing.str import StrPrinter
+from torch import nn
 
 from data import UserError
 from integral import Integrated
@@ -44,22 +46,12 @@ OPERATORS = {
     ast.Pow: lambda a, b: a**b,
 }
 LONGEST, DEEPEST, LARGEST, HIGHEST_POWER = 400, 40, 1e6, 12
-# names that the code of a derived file has for other things
-TAKEN = set("x p m t torch math value partials positive negative sides split near_zero exp_terms CUT".split())
-TAKEN |= {
-    "near",
-    "root",
-    "ratio",
-    "rest",
-    "within",
-    "beyond",
-    "expm1",
-    "Integrated",
-    "Activation",
-    "ACTIVATION",
-    "start",
-    "bound",
-}
+RANGE = "they go from 1e-6 to 1e6"
+# names that the code of a derived file, a module of torch or a line of the log has for other things
+TAKEN = set("x p m t torch math value partials positive negative sides split near_zero exp_terms CUT near root".split())
+TAKEN |= set("ratio rest within beyond expm1 Integrated Activation ACTIVATION FORMULA Derived start bound".split())
+TAKEN |= {*dir(builtins), *dir(Integrated), *vars(nn.Module())}
+TAKEN |= set("kind step tokens seconds loss perplexity bits_per_byte".split())
 
 
 class OutOfTime(BaseException):
@@ -79,8 +71,10 @@ def time_limit(seconds, message):
         yield
     except UserError:
         raise
-    except (OutOfTime, Exception):  # sympy's own faults are of every kind
+    except OutOfTime:
         raise UserError(message) from None
+    except Exception as error:  # sympy's own faults are of every kind
+        raise UserError(f"{message} (sympy says {type(error).__name__})") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -124,8 +118,11 @@ def read_name(name):
     """The name of a scalar; UserError if the code could not use it."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(f"{name!r} is no name for a scalar: take letters, digits and _, as in ap or alpha_n")
-    taken = name in TAKEN or name in FUNCTIONS or hasattr(Integrated, name)
-    if taken or re.fullmatch(r"(t|near|rest|part|within|beyond|expm1|root|ratio|SERIES)_\d+", name):
+    if (
+        name in TAKEN
+        or name in FUNCTIONS
+        or re.fullmatch(r"(t|near|rest|part|within|beyond|expm1|root|ratio|SERIES)_\d+", name)
+    ):
         raise UserError(f"the name {name!r} is taken by the code that is written: choose another, as a_{name}")
     return name
 
@@ -143,6 +140,7 @@ def read_scalars(trained, fixed):
             except ValueError:
                 start = math.nan
             option = "--trained" if is_trained else "--fixed"
+            mark, bound_name = ("", "") if bound_name == "0" else (mark, bound_name)
             if not abs(start) <= LARGEST or (mark and not is_trained) or (mark == "~" and bound_name):
                 example = "ap=0.8, an=0.8>beta, a=0~" if is_trained else "beta=0.5"
                 raise UserError(f"{part!r} in {option} is not understood: it takes scalars as in {example}")
@@ -157,6 +155,8 @@ def read_scalars(trained, fixed):
             if bound is not None and start <= bound:
                 shown = f"its bound, {bound_name} = {bound}" if mark else "0"
                 raise UserError(f"{name} starts at {start}, which must be above {shown}: softplus is never 0")
+            if bound is not None and start > bound + 100:
+                raise UserError(f"{name} starts at {start}, more than 100 above its bound: scale the gradient instead")
             scalars[name] = Scalar(name, start, True, bound, "" if mark == "~" else bound_name or "0")
     return list(scalars.values())
 
@@ -175,7 +175,7 @@ def read_gradient(text, scalars, option):
 
     def number(node):
         if type(node.value) not in (int, float) or not 1 / LARGEST <= abs(node.value) <= LARGEST and node.value != 0:
-            raise UserError(f"{option}: {ast.unparse(node)} is no number that can be used: up to {LARGEST:g}")
+            raise UserError(f"{option}: {ast.unparse(node)} is no number that can be used: {RANGE}")
         return sympy.Rational(str(node.value))
 
     def read(node, depth):
@@ -192,13 +192,18 @@ def read_gradient(text, scalars, option):
                 raise UserError(f"{option}: unknown name {node.id!r}{function or f': known are {known}'}")
             case ast.UnaryOp(op=ast.USub()):
                 return -read(node.operand, depth + 1)
+            case ast.UnaryOp(op=ast.UAdd()):
+                return read(node.operand, depth + 1)
             case ast.BinOp() if type(node.op) in OPERATORS:
                 left, right = read(node.left, depth + 1), read(node.right, depth + 1)
                 if isinstance(node.op, ast.Pow) and not (right.is_Rational and abs(right) <= HIGHEST_POWER):
                     raise UserError(f"{option}: an exponent must be a number up to {HIGHEST_POWER}; exp(…) has others")
                 if isinstance(node.op, ast.Div) and right == 0:
                     raise UserError(f"{option}: {ast.unparse(node)} divides by 0")
-                return OPERATORS[type(node.op)](left, right)
+                result = OPERATORS[type(node.op)](left, right)
+                if result.is_Rational and result != 0 and not 1 / LARGEST <= abs(result) <= LARGEST:
+                    raise UserError(f"{option}: {ast.unparse(node)} is no number that can be used: {RANGE}")
+                return result
             case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
                 return FUNCTIONS[name](read(argument, depth + 1))
             case ast.Call():
