@@ -37,10 +37,10 @@ def exp_terms(t, dtype):
     to full precision, or for an activation in bfloat16 to 3e-4 of themselves, without a call of exp (`bf16_terms`).
     """
     if dtype == torch.bfloat16:
-        expm1, rest, beyond = bf16_terms(t)
-        within = 8 - 8 * torch.relu(1 - 0.125 * t)  # min(t, 8), as bf16_terms rounds it
-        lost = t - within - beyond  # of a small t; nothing else shows it where there is no β·x beside it
-        return expm1 - lost, rest - lost * (expm1 - 0.5 * lost), within + lost, beyond
+        _, rest, beyond = bf16_terms(t)
+        rest = torch.where(t < 2**-9, 0.5 * t * t, rest)  # there it rounds t off
+        within = t - beyond
+        return rest - within, rest, within, beyond
     near = t < CUT
     expm1 = torch.exp(-t) - 1
     series = exp_remainder(-t, DEGREE[t.dtype])

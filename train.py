@@ -223,6 +223,14 @@ def check(config, world):
     return model_config
 
 
+def check_formula(checkpoint, config):
+    """UserError if the activation of this name is no longer the one with which a run began."""
+    formula = get_activation(config.activation).formula
+    began = checkpoint.get("formula", formula)  # which imported runs do not have
+    if began != formula:
+        raise UserError(f"{config.activation} has changed since the run began: it was {began}, now {formula}")
+
+
 def check_batch(config, world):
     """UserError, with what would divide, unless tokens_per_step is a whole number of micro-batches on each process."""
     share = config.seq_len * world  # tokens of one sequence on every process
@@ -577,11 +585,8 @@ def train(from_file, options):
     if checkpoint:
         config = resumed_config(checkpoint, from_file, options)
     model_config = check(config, WORLD)
-    formula = get_activation(config.activation).formula
-    if checkpoint and checkpoint.get("formula", formula) != formula:
-        raise UserError(
-            f"{config.activation} has changed since the run began: it was {checkpoint['formula']}, now {formula}"
-        )
+    if checkpoint:
+        check_formula(checkpoint, config)
     if RANK == 0 and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
         raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
     start = checkpoint["step"] if checkpoint else 0
@@ -688,7 +693,7 @@ def train(from_file, options):
             "config": asdict(config),
             "from_file": asdict(from_file),
             "data": data,
-            "formula": formula,
+            "formula": get_activation(config.activation).formula,
         }
         try:
             if RANK == 0:

@@ -144,8 +144,9 @@ def test_figures_of_the_readme_are_there():
         assert (ROOT / figure).is_file(), figure
 
 
-def test_the_table_is_the_one_of_the_results():
-    table = (ROOT / "results/compare_cpu/results.md").read_text("utf-8").partition("\n\n")[0]
+@pytest.mark.parametrize("name", ["compare_cpu", "derive"])
+def test_the_tables_are_those_of_the_results(name):
+    table = (ROOT / f"results/{name}/results.md").read_text("utf-8").partition("\n\n")[0]
     assert table.startswith("| activation") and table in TEXT
 
 

@@ -40,8 +40,10 @@ def load_run(out, device, dtype):
     if checkpoint is None:
         raise UserError(f"{out} has no ckpt.pt: give the folder of a run that has saved one")
     config = train.Config(**train.typed_keys(checkpoint["config"], f"in {out}/ckpt.pt"))
+    model_config = train.check(config, 1)
+    train.check_formula(checkpoint, config)
     with torch.device(device):
-        model = Llama(train.check(config, 1), dtype)
+        model = Llama(model_config, dtype)
     model.to(device)  # the rotary table, which is made on the CPU
     model.load_state_dict(checkpoint["model"])
     for module in model.modules():
