@@ -88,11 +88,11 @@ def test_the_complete_path(hub, whole, tmp_path):
     "faults",
     [
         [("GET /api", 503, 3)],
-        [(f"HEAD .*{SHA}", 503, 1), (SECOND, 503, 2)],
+        pytest.param([(f"HEAD .*{SHA}", 503, 1), (SECOND, 503, 2)], marks=pytest.mark.slow),
         [("/tree", "drop", 1), (FIRST, "drop", 2)],
         [(SECOND, "cut", 2), (THIRD, "cut", 1)],
         [(THIRD, "drop", 40)],  # more than the client itself is ready for
-        [("GET /api", 429, 2), (SECOND, 429, 2)],
+        pytest.param([("GET /api", 429, 2), (SECOND, 429, 2)], marks=pytest.mark.slow),
         [("README.md", 503, 8)],  # which the client tells of as of a file that is not there
     ],
     ids=["503 for data about it", "503", "drop", "cut", "drops", "429", "503 for the description"],
@@ -120,7 +120,7 @@ def test_trouble_that_stays_and_a_second_start(hub, whole, tmp_path):
     assert sum("GET" in request and "000_00000" in request for request in hub.requests) == 1
 
 
-@pytest.mark.parametrize("kills", [3])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(hub, whole, tmp_path, kills):
     out, rng = tmp_path / "out", random.Random(kills)
     for kill in range(kills):

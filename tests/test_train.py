@@ -230,7 +230,7 @@ def test_a_run_and_what_it_leaves(config, tmp_path):
         assert len(record["alpha_p"]) == len(record["alpha_n"]) == 2
     assert validation[0]["alpha_p"] == pytest.approx([0.8, 0.8])
     saved = json.loads((out / "config.json").read_text())
-    assert set(saved) == {"config", "versions", "device", "commit"}
+    assert set(saved) == {"config", "formula", "versions", "device", "commit"}
     assert set(saved["config"]) == {item.name for item in fields(Config)} and saved["config"]["dim"] == 32
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 12 and not any("_orig_mod" in name for name in checkpoint["model"])
