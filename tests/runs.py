@@ -10,6 +10,9 @@ from pathlib import Path
 import train
 
 ROOT = Path(__file__).parent.parent
+# Pieces of text at whose seams tokenizers differ
+ODD_TEXTS = ["word", " word", "Δ", " ²", "e\u0301", " ", "\n", "\n\n", "!\n/", "ünï", "  ", "\t", "\r\n", "'s", "12"]
+ODD_TEXTS += ["=", "\u00a0", "\x1c", "\u2028", "🙂", "漢字"]
 TINY = """
 activation = "relu2"
 dim = 32

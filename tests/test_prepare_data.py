@@ -18,6 +18,7 @@ import pytest
 
 import prepare_data
 from data import UserError, find_shards, get_tokenizer, read_meta
+from runs import ODD_TEXTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,26 +167,7 @@ def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tokenizer, monkeypat
         pytest.skip(f"no {tokenizer} tokenizer here: set TIKTOKEN_CACHE_DIR")
     monkeypatch.setattr(prepare_data, "PIECE", 200)
     random.seed(1)
-    parts = [
-        "word",
-        " word",
-        "Δ",
-        " ²",
-        "e\u0301",
-        " ",
-        "\n",
-        "\n\n",
-        "!\n/",
-        "ünï",
-        "  ",
-        "\t",
-        "\r\n",
-        "'s",
-        "12",
-        "=",
-    ]
-    parts += ["\u00a0", "\x1c", "\u2028", "🙂", "漢字"]
-    text = "".join(random.choice(parts) for _ in range(20_000)) + Path(__file__).read_text()
+    text = "".join(random.choice(ODD_TEXTS) for _ in range(20_000)) + Path(__file__).read_text()
     pieces = list(prepare_data.document(text, 0))
     assert len(pieces) > 100 and "".join(piece.text for piece in pieces) == text
     assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)

@@ -31,7 +31,9 @@ def scalars(record):
             values |= {f"{record['kind']}/{name}/layer {number}": one for number, one in enumerate(value, 1)}
         elif name != "step":
             values[f"{record['kind']}/{name}"] = value
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and value is not True}
+    return {
+        name: value for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def read_config(out):
