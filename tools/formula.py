@@ -118,11 +118,8 @@ def read_name(name):
     """The name of a scalar; UserError if the code could not use it."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(f"{name!r} is no name for a scalar: take letters, digits and _, as in ap or alpha_n")
-    if (
-        name in TAKEN
-        or name in FUNCTIONS
-        or re.fullmatch(r"(t|near|rest|part|within|beyond|expm1|root|ratio|SERIES)_\d+", name)
-    ):
+    numbered = re.fullmatch(r"(t|near|rest|part|within|beyond|expm1|root|ratio|SERIES)_\d+", name)
+    if numbered or name in TAKEN or name in FUNCTIONS:
         raise UserError(f"the name {name!r} is taken by the code that is written: choose another, as a_{name}")
     return name
 
