@@ -1,15 +1,15 @@
-"""The family xIELU is compared with: one table from name to activation, one line of mathematics each.
+"""The activations that xIELU is compared with: one table from name to activation, one line of mathematics each.
 
 An ungated activation maps one projection x of the MLP; a gated one (a gated linear unit) maps two, x and y.
-A gate g: ℝ → (0, 1) serves three orders, and each may be expanded to (−α, 1 + α) with one trained scalar α,
-G(x) = g(x)·(1 + 2α) − α, from 0 ("Expanded Gating Ranges Improve Activation Functions", arXiv 2405.20768):
+A gate g: ℝ → (0, 1) is used in three ways. Each may be expanded to the range (−α, 1 + α) by one trained scalar α, which
+starts at 0: G(x) = g(x)·(1 + 2α) − α ("Expanded Gating Ranges Improve Activation Functions", arXiv 2405.20768).
 
     self-gated      x·G(x)          silu, gelu, atlu        expanded: xsilu, xgelu, xatlu
     first order     G(x)·y          glu, gglu, aglu         expanded: xglu, xgglu, xaglu
     second order    x·G(x)·y        swiglu, geglu, atglu    expanded: xswiglu, xgeglu, xatglu
 
-To add one, write a module and a line in ACTIVATIONS below: train.py, the parameter matching and the comparison
-need nothing else. Or have tools/derive.py write one from its gradient: the path of that file is its name.
+To add an activation, write a module and one line in ACTIVATIONS; nothing else needs to change. Or let tools/derive.py
+write it from its gradient: then the name is the path of that file.
 """
 
 import difflib
@@ -20,12 +20,48 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from xielu import XIELU, XIEP, XIPReLU, upcast
+from command import UserError
+from inverted import xielu_inverted
+from xielu import XIELU, Integral, fused, partials, upcast, value, xielu_reference
+
+# ---------------------------------------------------------------------------------------------------------------
+# Other gradients, the same integration (both from the authors' code)
+
+
+def xiprelu_value(x, alpha_p, alpha_n, beta=0.5):
+    """The integral of PReLU: αp·x² + β·x for x > 0, αn·x² + β·x for x ≤ 0."""
+    z = upcast(x)
+    return (torch.where(z > 0, alpha_p, alpha_n) * z + beta) * z
+
+
+def xiprelu_partials(x, alpha_p, alpha_n, beta=0.5):
+    z = upcast(x)
+    slope = 2 * torch.where(z > 0, alpha_p, alpha_n) * z + beta
+    return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * z)
+
+
+def xiep_value(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
+    """The integral of PolyReLU and ELU: xIELU plus αp3·x³ for x > 0."""
+    return value(x, alpha_p, alpha_n, beta) + alpha_p3 * torch.relu(upcast(x)) ** 3
+
+
+def xiep_partials(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
+    positive = torch.relu(upcast(x))
+    slope, by_p, by_n = partials(x, alpha_p, alpha_n, beta)
+    return slope + 3 * alpha_p3 * positive**2, by_p, by_n, positive**3
+
+
+xiprelu = fused(xiprelu_value, xiprelu_partials)
+xiep = fused(xiep_value, xiep_partials)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gates
 
 
 def sigmoid(x):
@@ -34,7 +70,7 @@ def sigmoid(x):
 
 
 def normal_cdf(x):
-    """Φ(x), the gate of GELU; erfc keeps the far negative tail that 1 + erf rounds away."""
+    """Φ(x), the gate of GELU. erfc keeps the digits of the far negative tail, where 1 + erf rounds to 0."""
     return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
@@ -44,46 +80,37 @@ def arctan(x):
 
 
 class Gate(nn.Module):
-    """G(x) = g(x)·(1 + 2α) − α for a gate function g; α is a trained scalar from 0 if expanded, else 0."""
+    """G(x) = g(x)·(1 + 2α) − α for a gate function g. If expanded, α is a trained scalar that starts at 0; else it is
+    0."""
 
     def __init__(self, function, expanded=False):
         super().__init__()
         self.function = function
-        self.alpha = nn.Parameter(torch.zeros(1, dtype=torch.float32)) if expanded else None
+        self.alpha = nn.Parameter(torch.zeros(1)) if expanded else None
 
-    def forward(self, x):
-        gate = self.function(x)
-        if self.alpha is None:
-            return gate
-        alpha = self.alpha.to(x.dtype)
-        return gate * (1 + 2 * alpha) - alpha
+    def gate(self, x):
+        """G(x) in at least float32."""
+        g = self.function(upcast(x))
+        return g if self.alpha is None else g * (1 + 2 * self.alpha) - self.alpha
 
     def effective(self):
-        """{"alpha": α} as a Python float, for the log; {} without one."""
+        """{"alpha": α} as a Python float, for the log; {} if there is none."""
         return {} if self.alpha is None else {"alpha": self.alpha.item()}
 
 
 class SelfGated(Gate):
-    """x·G(x)."""
-
     def forward(self, x):
-        z = upcast(x)
-        return (z * super().forward(z)).to(x.dtype)
+        return (upcast(x) * self.gate(x)).to(x.dtype)
 
 
 class FirstOrderGLU(Gate):
-    """G(x)·y on two projections x, y."""
-
     def forward(self, x, y):
-        return (super().forward(upcast(x)) * upcast(y)).to(x.dtype)
+        return (self.gate(x) * upcast(y)).to(x.dtype)
 
 
 class SecondOrderGLU(Gate):
-    """x·G(x)·y on two projections x, y."""
-
     def forward(self, x, y):
-        z = upcast(x)
-        return (z * super().forward(z) * upcast(y)).to(x.dtype)
+        return (upcast(x) * self.gate(x) * upcast(y)).to(x.dtype)
 
 
 class ReLUSquared(nn.Module):
@@ -91,6 +118,10 @@ class ReLUSquared(nn.Module):
 
     def forward(self, x):
         return torch.relu(x).square()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The table
 
 
 @dataclass(frozen=True)
@@ -102,72 +133,73 @@ class Activation:
     gated: bool = False
 
 
+XIELU_FORMULA = "αp·x² + βx for x > 0, αn·(eˣ − 1 − x) + βx for x ≤ 0"
+POSITIVE = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, 0.0)}
+ABOVE_BETA = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, 0.5)}
+
 ACTIVATIONS = {
     "relu": Activation("max(x, 0)", nn.ReLU),
     "gelu": Activation("x·Φ(x)", nn.GELU),
     "silu": Activation("x·σ(x)", nn.SiLU),
     "relu2": Activation("max(x, 0)²", ReLUSquared),
-    # integrated gradients (xielu.py)
-    "xielu": Activation("αp·x² + βx for x > 0, αn·(eˣ − 1 − x) + βx for x ≤ 0", XIELU),
-    "xiprelu": Activation("αp·x² + βx for x > 0, αn·x² + βx for x ≤ 0", XIPReLU),
-    "xiep": Activation("xielu(x) + αp3·max(x, 0)³", XIEP),
+    # integrated gradients
+    "xielu": Activation(XIELU_FORMULA, XIELU),
+    "xielu_reference": Activation(XIELU_FORMULA, partial(XIELU, function=xielu_reference)),
+    "xielu_inverted": Activation(XIELU_FORMULA, partial(XIELU, function=xielu_inverted)),
+    "xiprelu": Activation("αp·x² + βx for x > 0, αn·x² + βx for x ≤ 0", partial(Integral, xiprelu, POSITIVE)),
+    "xiep": Activation("xielu(x) + αp3·max(x, 0)³", partial(Integral, xiep, ABOVE_BETA | {"alpha_p3": (0.4, 0.0)})),
     # self-gated
-    "atlu": Activation("x·(arctan(x)/π + ½)", lambda: SelfGated(arctan)),
-    "xsilu": Activation("x·(σ(x)·(1 + 2α) − α)", lambda: SelfGated(sigmoid, expanded=True)),
-    "xgelu": Activation("x·(Φ(x)·(1 + 2α) − α)", lambda: SelfGated(normal_cdf, expanded=True)),
-    "xatlu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)", lambda: SelfGated(arctan, expanded=True)),
+    "atlu": Activation("x·(arctan(x)/π + ½)", partial(SelfGated, arctan)),
+    "xsilu": Activation("x·(σ(x)·(1 + 2α) − α)", partial(SelfGated, sigmoid, True)),
+    "xgelu": Activation("x·(Φ(x)·(1 + 2α) − α)", partial(SelfGated, normal_cdf, True)),
+    "xatlu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)", partial(SelfGated, arctan, True)),
     # gated linear units of first order
-    "glu": Activation("σ(x)·y", lambda: FirstOrderGLU(sigmoid), gated=True),
-    "gglu": Activation("Φ(x)·y", lambda: FirstOrderGLU(normal_cdf), gated=True),
-    "aglu": Activation("(arctan(x)/π + ½)·y", lambda: FirstOrderGLU(arctan), gated=True),
-    "xglu": Activation("(σ(x)·(1 + 2α) − α)·y", lambda: FirstOrderGLU(sigmoid, expanded=True), gated=True),
-    "xgglu": Activation("(Φ(x)·(1 + 2α) − α)·y", lambda: FirstOrderGLU(normal_cdf, expanded=True), gated=True),
-    "xaglu": Activation("((arctan(x)/π + ½)·(1 + 2α) − α)·y", lambda: FirstOrderGLU(arctan, expanded=True), gated=True),
+    "glu": Activation("σ(x)·y", partial(FirstOrderGLU, sigmoid), gated=True),
+    "gglu": Activation("Φ(x)·y", partial(FirstOrderGLU, normal_cdf), gated=True),
+    "aglu": Activation("(arctan(x)/π + ½)·y", partial(FirstOrderGLU, arctan), gated=True),
+    "xglu": Activation("(σ(x)·(1 + 2α) − α)·y", partial(FirstOrderGLU, sigmoid, True), gated=True),
+    "xgglu": Activation("(Φ(x)·(1 + 2α) − α)·y", partial(FirstOrderGLU, normal_cdf, True), gated=True),
+    "xaglu": Activation("((arctan(x)/π + ½)·(1 + 2α) − α)·y", partial(FirstOrderGLU, arctan, True), gated=True),
     # gated linear units of second order
-    "swiglu": Activation("x·σ(x)·y", lambda: SecondOrderGLU(sigmoid), gated=True),
-    "geglu": Activation("x·Φ(x)·y", lambda: SecondOrderGLU(normal_cdf), gated=True),
-    "atglu": Activation("x·(arctan(x)/π + ½)·y", lambda: SecondOrderGLU(arctan), gated=True),
-    "xswiglu": Activation("x·(σ(x)·(1 + 2α) − α)·y", lambda: SecondOrderGLU(sigmoid, expanded=True), gated=True),
-    "xgeglu": Activation("x·(Φ(x)·(1 + 2α) − α)·y", lambda: SecondOrderGLU(normal_cdf, expanded=True), gated=True),
-    "xatglu": Activation(
-        "x·((arctan(x)/π + ½)·(1 + 2α) − α)·y", lambda: SecondOrderGLU(arctan, expanded=True), gated=True
-    ),
+    "swiglu": Activation("x·σ(x)·y", partial(SecondOrderGLU, sigmoid), gated=True),
+    "geglu": Activation("x·Φ(x)·y", partial(SecondOrderGLU, normal_cdf), gated=True),
+    "atglu": Activation("x·(arctan(x)/π + ½)·y", partial(SecondOrderGLU, arctan), gated=True),
+    "xswiglu": Activation("x·(σ(x)·(1 + 2α) − α)·y", partial(SecondOrderGLU, sigmoid, True), gated=True),
+    "xgeglu": Activation("x·(Φ(x)·(1 + 2α) − α)·y", partial(SecondOrderGLU, normal_cdf, True), gated=True),
+    "xatglu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)·y", partial(SecondOrderGLU, arctan, True), gated=True),
 }
 
 
 @functools.cache
 def load_derived(path):
-    """The Activation of a file that tools/derive.py wrote; ValueError if it is none. Like a config, it is run."""
+    """The Activation in a file that tools/derive.py wrote; UserError if there is none. The file is executed, like a
+    config."""
     if not path.is_file():
-        raise ValueError(f"there is no activation {path}: python -m tools.derive makes one from a gradient")
+        raise UserError(f"there is no activation {path}: python -m tools.derive makes one from a gradient")
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", str(path)), path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where torch.compile looks for the functions' globals
+    sys.modules[spec.name] = module  # torch.compile looks for the functions' globals there
     try:
         spec.loader.exec_module(module)
+        return module.ACTIVATION
     except (Exception, SystemExit) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
-    activation = getattr(module, "ACTIVATION", None)
-    if not isinstance(activation, Activation):
-        raise ValueError(f"{path} is no activation: it has no ACTIVATION, as what python -m tools.derive writes has")
-    return activation
+        raise UserError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
 
 
 def short_name(name):
-    """What to call an activation in tables, figures and folders: its name, of a file without the folder and .py."""
+    """What tables, figures and folders call an activation: its name, or that of its file without folder and .py."""
     return Path(name).stem if name.endswith(".py") else name
 
 
 def get_activation(name):
-    """The Activation called `name`, or in the file of that name if it ends in .py; ValueError that lists the known ones
-    if there is none."""
+    """The Activation called `name`, or the one in the file `name` if it ends in .py; UserError if there is none."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
     if name.endswith(".py"):
         return load_derived(Path(name).resolve())
     if Path(f"derived/{name}.py").is_file():
-        raise ValueError(f"unknown activation {name!r}: did you mean 'derived/{name}.py'?")
+        raise UserError(f"unknown activation {name!r}: did you mean 'derived/{name}.py'?")
     nearest = difflib.get_close_matches(name, ACTIVATIONS, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ValueError(f"unknown activation {name!r}: {hint}known are {', '.join(ACTIVATIONS)}")
+    raise UserError(f"unknown activation {name!r}: {hint}known are {', '.join(ACTIVATIONS)}")

@@ -1,15 +1,15 @@
 """Token shards on disk, and the training batch as a pure function of (seed, step).
 
-A folder of shards holds NAME_val_000000.bin, NAME_train_000001.bin, … in the format llm.c and modded-nanogpt
-share: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, a delimiter before each
+A folder of shards holds NAME_val_000000.bin, NAME_train_000001.bin, … in the format of llm.c and modded-nanogpt:
+256 int32 of header (magic, version, number of tokens, zeros), then the tokens, with a delimiter before each
 document. prepare_data.py also writes a meta.json beside them that says which tokenizer made them.
 
-Nothing here keeps a position. Training sequences are numbered; each epoch visits the numbers in an order of its
-own, computed one by one from (seed, epoch); a resumed run asks for step 1000 and gets what it would have got.
+Nothing here keeps a position. Training sequences are numbered, and each epoch visits the numbers in its own order,
+computed from (seed, epoch) one number at a time. So a resumed run asks for step 1000 and gets the batch that it would
+have got without the interruption.
 """
 
-import base64
-import importlib.resources
+import hashlib
 import json
 import math
 import re
@@ -20,32 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows, where folders are not locked
-    fcntl = None
+from command import UserError
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 # magic number → (version, dtype of a token)
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: its text is one line that says what is wrong and how to fix it."""
-
-
-def lock_folder(folder, wait=False):
-    """Make a folder and keep others out of it: returns an open file that has its lock until it is closed, or
-    the process dies, however it dies. UserError if another process has it, or else wait for its end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise UserError(f"another process writes to {folder}: wait for its end, or choose another --out") from None
-    return file
+# How content_hash samples a shard: shards of up to 4096 tokens are covered completely
+SAMPLES = 64
+SAMPLE_TOKENS = 64
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -61,13 +44,13 @@ class Shard:
     tokens: int
 
     def read(self, start, count):
-        """Tokens start … start + count − 1, as int64."""
+        """Tokens start … start + count − 1: (count,) int64."""
         offset = HEADER_BYTES + start * self.dtype.itemsize
         return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
 
 
 def token_dtype(vocab_size):
-    """The narrowest of the format's two token types that holds ids below vocab_size."""
+    """The narrower of the format's two dtypes (uint16, uint32) if it holds all ids below vocab_size, else the other."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
@@ -80,28 +63,29 @@ def shard_header(dtype, tokens):
 
 
 def open_shard(path):
-    """The Shard in this file, its header checked against its size; UserError if it is damaged or none at all."""
+    """The Shard in this file. UserError if its header is not that of a shard or does not fit the size of the file."""
     path = Path(path)
     header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS:
-        raise UserError(f"{path} is no token shard: it is shorter than the header; prepare it again or delete it")
+        raise UserError(f"{path} is not a shard: it is shorter than the header; prepare it again or delete it")
     magic, version, tokens = (int(value) for value in header[:3])
     if magic not in FORMATS:
-        raise UserError(f"{path} is no token shard: its magic number is {magic}, not {' or '.join(map(str, FORMATS))}")
+        raise UserError(f"{path} is not a shard: its magic number is {magic}, not {' or '.join(map(str, FORMATS))}")
     expected_version, dtype = FORMATS[magic]
     if version != expected_version:
         raise UserError(f"{path} has version {version} of the shard format; this code reads version {expected_version}")
     held = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
     if held != tokens:
-        raise UserError(f"{path} is damaged: its header says {tokens} tokens, it holds {held:g}; prepare it again")
+        raise UserError(f"{path} is damaged: its header says {tokens} tokens, but it holds {held:g}; prepare it again")
     return Shard(path, dtype, tokens)
 
 
 def find_shards(folder, split):
-    """The shards of "train" or "val" in a folder, in the order of their names; UserError if there are none."""
+    """The Shards of a split ("train" or "val") in a folder, sorted by name. UserError if there are none, or a damaged
+    one."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no data folder {folder}: make it with prepare_data.py (its line is in the config)")
+        raise UserError(f"there is no data folder {folder}: make it with prepare_data.py (the config has the command)")
     named = re.compile(rf".*_{split}(_\d+)?\.bin")
     paths = sorted(path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_file())
     if not paths:
@@ -109,8 +93,25 @@ def find_shards(folder, split):
     return [open_shard(path) for path in paths]
 
 
+def content_hash(shards):
+    """A SHA-256, in hexadecimal, of shards in their order: of each one's dtype, number of tokens, and SAMPLES evenly
+    spread samples of its tokens, the first and the last included.
+
+    It costs SAMPLES small reads per shard, whatever its size. Other data, another order or other cuts between shards
+    change it; a change between the samples of a large shard does not.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.dtype.str} {shard.tokens} ".encode())
+        with open(shard.path, "rb") as file:
+            for start in np.linspace(0, max(0, shard.tokens - SAMPLE_TOKENS), SAMPLES).astype(int):
+                file.seek(HEADER_BYTES + int(start) * shard.dtype.itemsize)
+                digest.update(file.read(SAMPLE_TOKENS * shard.dtype.itemsize))
+    return digest.hexdigest()
+
+
 def read_meta(folder):
-    """meta.json of a folder of shards, or None where there is none (shards made by others); UserError if it is
+    """The content of a folder's meta.json, or None if it has none, as for shards that others made. UserError if it is
     malformed or does not describe the shards beside it."""
     path = Path(folder) / "meta.json"
     try:
@@ -122,23 +123,20 @@ def read_meta(folder):
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is malformed ({error!r}): prepare the data again, or delete it to train without"
-        ) from None
+        raise UserError(f"{path} is malformed ({error!r}): prepare the data again, or delete it") from None
     for split in ("train", "val"):
         shards = find_shards(folder, split)
         if any(shard.dtype != token_dtype(meta["vocab_size"]) for shard in shards):
-            raise UserError(f"{path} tells of another tokenizer than made the {split} shards: prepare the data again")
-        told, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in shards)
-        if told != held:
-            raise UserError(
-                f"{path} tells of {told} {split} tokens, but the shards hold {held}: prepare the data again"
-            )
+            raise UserError(f"{path} does not name the tokenizer that made the {split} shards: prepare the data again")
+        stated, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in shards)
+        if stated != held:
+            raise UserError(f"{path} says {stated} {split} tokens, but the shards hold {held}: prepare the data again")
     return meta
 
 
 def bits_per_byte(loss, meta):
-    """Validation loss in nats a token → bits a byte of the text that the tokens stand for; None without meta."""
+    """Validation loss in nats per token → bits per byte of the text that the tokens stand for. None if that is not
+    known: without meta, or if the text is empty."""
     if meta is None or not meta["splits"]["val"]["bytes"]:
         return None
     return loss / math.log(2) * meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"]
@@ -148,29 +146,34 @@ def bits_per_byte(loss, meta):
 # Order
 
 
-def _mix(x):
-    """A uint64 hash of each element of x (splitmix64's finaliser)."""
+def mix(x):
+    """A uint64 hash of each element of x: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def shuffled(index, n, seed, epoch):
-    """Where each number in `index` (below n) goes in a random permutation of 0 … n−1 fixed by (seed, epoch).
+# Raise it whenever the batches of a seed change, so that no run resumes with other batches than it began with
+ORDER_VERSION = 1
 
-    A Feistel network permutes the numbers of an even count of bits by hashing one half into the other; numbers
-    that land at n or beyond go through again until they fall below. So no permutation is ever stored.
+
+def shuffled(index, n, seed, epoch):
+    """Where a random permutation of 0 … n − 1, fixed by (seed, epoch), takes each number in `index`: int64, as long.
+
+    A stored permutation would need memory for n numbers. Instead, a Feistel network permutes all numbers of an even
+    number of bits, by hashing one half of the bits into the other; a number that lands at n or above goes through it
+    again until it lands below n.
     """
     half = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
     mask = np.uint64((1 << int(half)) - 1)
-    key = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
-    keys = [_mix(key + np.uint64(k)) for k in range(1, 7)]
+    key = mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+    keys = [mix(key + np.uint64(k)) for k in range(1, 7)]
     index = np.array(index, np.uint64)
     pending = np.ones(len(index), bool)
     while pending.any():
         left, right = index[pending] >> half, index[pending] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
+            left, right = right, left ^ (mix(right + key) & mask)
         index[pending] = left << half | right
         pending = index >= n
     return index.astype(np.int64)
@@ -181,8 +184,9 @@ def shuffled(index, n, seed, epoch):
 
 
 class Corpus:
-    """One split of a folder of shards, as numbered sequences of seq_len + 1 tokens: seq_len inputs, and the
-    targets one further on. Neighbours share a token, so that each target is predicted once an epoch."""
+    """One split of a folder of shards, as n_sequences numbered sequences of seq_len + 1 tokens: seq_len inputs, and
+    the targets, which are the inputs shifted by one. The last token of a sequence is the first of the next, so that
+    each target is predicted once per epoch. UserError as for find_shards."""
 
     def __init__(self, folder, split, seq_len, vocab_size):
         self.shards = find_shards(folder, split)
@@ -192,7 +196,7 @@ class Corpus:
         self.n_sequences = int(self.ends[-1])
 
     def read(self, shard, start, count):
-        """Tokens of a shard, as int64, checked to be within the vocabulary."""
+        """Tokens start … start + count − 1 of a shard: (count,) int64. UserError if one is not below vocab_size."""
         tokens = shard.read(start, count)
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(
@@ -210,19 +214,19 @@ class Corpus:
     def batch(self, seed, step, size):
         """Training batch number `step` of `size` sequences: (size, seq_len + 1) int64.
 
-        Position step·size + row of the run falls in epoch position // n_sequences, which visits every sequence
-        once in its own order. Depends on nothing else: not on ranks, micro-batches or earlier calls.
+        A run visits positions step·size + row; a position is in epoch position // n_sequences, and each epoch visits
+        every sequence once, in its own order. Nothing else matters: not ranks, micro-batches or earlier calls.
         """
         epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.n_sequences)
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
-            now = epochs == epoch
-            numbers[now] = shuffled(places[now], self.n_sequences, seed, int(epoch))
+            rows = epochs == epoch
+            numbers[rows] = shuffled(places[rows], self.n_sequences, seed, int(epoch))
         return np.stack([self.sequence(number) for number in numbers])
 
 
 def prefetched(function, items, workers=1):
-    """function(item) for each item, in order, computed in threads at most two items a thread ahead."""
+    """Yield function(item) for each item, in order. `workers` threads compute ahead, by at most two items each."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for item in items:
@@ -234,11 +238,11 @@ def prefetched(function, items, workers=1):
 
 
 def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
-    """(inputs, targets), each (size, seq_len) int64, that predict the first max_tokens validation tokens once each.
+    """Yield (inputs, targets), each (size, seq_len) int64, that predict each of the first max_tokens tokens once.
 
-    Every rank of `world` gets its share (and reads the rest too, so that a bad token stops all of them alike). What
-    does not fill the last sequence or the last batch is padded with `ignore` targets: the set is covered to its last
-    token, and every batch has one shape.
+    Each rank of `world` yields its share of the batches; it reads the others too, so that a token outside the
+    vocabulary stops all ranks. The last sequence of a shard and the last batch are filled up with `ignore` as target,
+    so that the split is covered to its last token by batches of one shape.
     """
     spans = []
     for shard in corpus.shards:
@@ -257,49 +261,41 @@ def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
             yield inputs, targets
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizers
+def open_data(config, began, say):
+    """Open the data of a Config: (training Corpus, validation Corpus, meta or None, facts).
 
-
-def get_tokenizer(name):
-    """The tiktoken.Encoding called `name`: "bytes" (256 bytes and an end-of-text, needs no download), "gpt2",
-    "tekken" (the paper's, Mistral-Nemo's), or any of tiktoken's own. Its eot_token delimits documents. UserError if
-    there is none of that name or it cannot be loaded."""
-    import tiktoken
-
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        special = {"<|endoftext|>": 256}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
-    if name == "tekken":
-        return tekken()
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        raise UserError(f"unknown tokenizer {name!r}: known are bytes, tekken, {', '.join(known)}")
-    try:
-        # r50k_base has the ids of GPT-2 and comes as one file
-        return tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
-    except Exception as error:
+    `facts` is a flat dict of what must stay the same from the beginning of a run to its end. `began` is the same dict
+    from the run's checkpoint, or {} for a new run; a key that it lacks is not compared. The folder's path is not part
+    of it, so that a run can resume after its data have moved. say(text) shows the user a note. UserError if the data
+    do not fit the config or `began`.
+    """
+    meta = read_meta(config.data)
+    if meta and meta["vocab_size"] > config.vocab_size:
         raise UserError(
-            f"tokenizer {name!r} could not be downloaded ({type(error).__name__}): connect once, set "
-            f"TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
-        ) from None
-
-
-def tekken():
-    """Mistral-Nemo's tokenizer, from the data file in the package mistral-common: 131072 ids, the first 1000 special
-    (2 is the end of text), then the first 130072 of the file's 150000 ranks."""
-    import tiktoken
-
-    try:
-        files = importlib.resources.files("mistral_common")
-    except ModuleNotFoundError:
-        raise UserError("tokenizer 'tekken' is in an optional package: pip install mistral-common") from None
-    table = json.loads((files / "data" / "tekken_240718.json").read_text("utf-8"))
-    n_special = table["config"]["default_num_special_tokens"]
-    n_ranks = table["config"]["default_vocab_size"] - n_special
-    ranks = {base64.b64decode(row["token_bytes"]): n_special + row["rank"] for row in table["vocab"][:n_ranks]}
-    special = {"<|endoftext|>": 2}
-    return tiktoken.Encoding(
-        "tekken", pat_str=table["config"]["pattern"], mergeable_ranks=ranks, special_tokens=special
-    )
+            f"{config.data} was tokenized with {meta['tokenizer']} ({meta['vocab_size']} ids), more than "
+            f"vocab_size={config.vocab_size}: raise vocab_size, or prepare the data with a smaller tokenizer"
+        )
+    corpus = Corpus(config.data, "train", config.seq_len, config.vocab_size)
+    validation = Corpus(config.data, "val", config.seq_len, config.vocab_size)
+    if corpus.n_sequences < 1:
+        raise UserError(f"{config.data} is too short for one sequence of {config.seq_len} tokens: lower seq_len")
+    if max(shard.tokens for shard in validation.shards) < 2:
+        raise UserError(f"{config.data} has no validation tokens to predict: prepare it with a larger --val_tokens")
+    facts = {
+        "tokenizer": meta["tokenizer"] if meta else None,
+        "order": ORDER_VERSION,
+        "train": content_hash(corpus.shards),
+        "val": content_hash(validation.shards),
+    }
+    names = {"order": "order of batches", "train": "training shards", "val": "validation shards"}
+    changed = [names.get(key, key) for key, fact in facts.items() if began.get(key, fact) != fact]
+    if changed:
+        raise UserError(
+            f"the data have changed since the run began ({', '.join(changed)} of {config.data}): resume with the data "
+            f"and the code that it began with, or start a new run"
+        )
+    if meta is None:
+        say(f"note: {config.data} has no meta.json, so bits per byte are not known")
+    elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":
+        say("note: eval_tokens covers a part of the validation split: bits per byte use its mean bytes per token")
+    return corpus, validation, meta, facts

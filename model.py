@@ -11,7 +11,6 @@ bf16 runs), while norms, rotary angles and the loss are computed in float32.
 import hashlib
 import math
 import os
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +18,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from activations import get_activation
+from config import ModelConfig
 from xielu import upcast
 
-# Large tensors on a CPU in huge pages (Linux): an elementwise pass over fresh memory spends half its time on page
-# faults otherwise. PyTorch looks at this once, before its first tensor.
+# Without huge pages (on Linux), an elementwise pass over fresh memory of a CPU spends half its time on page faults.
+# PyTorch reads this once, before its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Targets of this value are ignored: they pad the last validation batch.
@@ -31,60 +31,6 @@ IGNORE = -1
 # The loss sees at most this many logits at a time (1 GB in float32): at 20480 tokens × 147456 words, all of
 # them at once would be 12 GB, and their gradient as much again.
 LOGITS_AT_ONCE = 2**28
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the model. ffn_dim is the width of an ungated MLP; a gated one gets two thirds of it, so that its
-    three matrices hold as many parameters, and cost as many FLOPs, as the ungated one's two. activation_memory
-    "inverted" has xielu keep its output for the backward pass, instead of its input."""
-
-    dim: int = 384
-    n_layers: int = 6
-    n_heads: int = 6
-    n_kv_heads: int = 6
-    ffn_dim: int = 1536
-    vocab_size: int = 257
-    activation: str = "xielu"
-    activation_memory: str = "standard"
-    seq_len: int = 256
-    rope_theta: float = 500000.0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    init_std: float = 0.025
-
-    def __post_init__(self):
-        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "seq_len"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(f"dim={self.dim} over n_heads={self.n_heads} must give an even number for each head")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}")
-        if self.activation_memory not in ("standard", "inverted"):
-            raise ValueError(f"activation_memory must be standard or inverted, not {self.activation_memory!r}")
-        if self.activation_memory == "inverted" and self.activation != "xielu":
-            raise ValueError(f"activation_memory='inverted' is for activation xielu alone, not {self.activation!r}")
-        if self.gated and self.ffn_dim % 3:
-            below = self.ffn_dim - self.ffn_dim % 3
-            nearest = f"{below} or {below + 3}" if below else "3"
-            raise ValueError(
-                f"ffn_dim={self.ffn_dim} does not divide by 3, as the gated {self.activation!r} needs "
-                f"(it gets 2/3 of the width): the nearest that does is {nearest}"
-            )
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
-
-    @property
-    def gated(self):
-        return get_activation(self.activation).gated
-
-    @property
-    def mlp_dim(self):
-        """The width of the MLP that is built: ffn_dim, or 2/3 of it if gated."""
-        return self.ffn_dim * 2 // 3 if self.gated else self.ffn_dim
 
 
 class Linear(nn.Module):
@@ -99,7 +45,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, computed in float32."""
+    """x / rms(x) · weight, with the root mean square over the last dimension, computed in float32."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -130,9 +76,9 @@ def causal_attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; n_kv_heads < n_heads shares each key and value among several queries (GQA)."""
+    """Causal self-attention. With n_kv_heads < n_heads, several queries share each key and value (GQA)."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = Linear(config.dim, config.n_heads * self.head_dim)
@@ -159,13 +105,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x), up(x))) for a gated activation."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.up_proj = Linear(config.dim, config.mlp_dim)
         self.gate_proj = Linear(config.dim, config.mlp_dim) if config.gated else None
         self.down_proj = Linear(config.mlp_dim, config.dim)
-        options = {"memory": "inverted"} if config.activation_memory == "inverted" else {}
-        self.act_fn = get_activation(config.activation).module(**options)
+        self.act_fn = get_activation(config.activation).module()
 
     def forward(self, x):
         if self.gate_proj is None:
@@ -176,7 +121,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)), on x (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config)
@@ -189,9 +134,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """tokens (B, T) → logits (B, T, vocab_size), or, given targets (B, T), their cross-entropy in nats a token."""
+    """tokens (B, T) → logits (B, T, vocab_size), or, given targets (B, T), their cross-entropy in nats per token."""
 
-    def __init__(self, config, compute_dtype=torch.float32, seed=0):
+    def __init__(self, config: ModelConfig, compute_dtype=torch.float32, seed=0):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
@@ -216,8 +161,8 @@ class Llama(nn.Module):
             norm gains                                     1
             activation scalars                             as their module made them
 
-        Each weight has a random stream of its own, drawn on the CPU from (seed, name): models that differ in
-        their activation alone share every weight that both have, on any device.
+        Each weight is drawn on the CPU from a random stream of its own, set by (seed, name): models that differ only
+        in their activation share every weight that both have, on any device.
         """
         for name, weight in self.named_parameters():
             if weight.ndim < 2 or weight.is_meta:
@@ -241,21 +186,19 @@ class Llama(nn.Module):
 
     def loss(self, x, targets, reduction):
         """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
-        reduction "mean" (nats a token) or "sum". Never more than LOGITS_AT_ONCE logits at a time."""
+        reduction "mean" (nats per token) or "sum". Never more than LOGITS_AT_ONCE logits at a time."""
         x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
         rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(x) <= rows:
-            total = self.chunk_loss(x, weight, targets)
-        elif torch.is_grad_enabled():
-            total = _ChunkedLoss.apply(x, weight, targets, rows, self.chunk_loss)
+        if len(x) > rows and torch.is_grad_enabled():
+            total = ChunkedLoss.apply(x, weight, targets, rows, self.chunk_loss)
         else:
             total = sum(self.chunk_loss(h, weight, t) for h, t in zip(x.split(rows), targets.split(rows)))
         return total / (targets != IGNORE).sum() if reduction == "mean" else total
 
     def compile_parts(self):
-        """Compile each layer and the loss of a chunk, in place. The layers share one compilation (it takes as long
-        for 24 as for one), state-dict names stay as they are, DDP can send a layer's gradients while the next one
-        computes, and no more than a chunk of logits is ever held."""
+        """Compile each layer and the loss of a chunk, in place. The layers share one compilation (24 take as long as
+        one), state-dict names stay as they are, DDP can send one layer's gradients while the next layer computes, and
+        no more than one chunk of logits is ever held."""
         for layer in self.layers:
             layer.compile()
         self.chunk_loss = torch.compile(chunk_loss)
@@ -281,14 +224,14 @@ class Llama(nn.Module):
 
 def chunk_loss(x, weight, targets):
     """Summed cross-entropy in float32 of hidden states x (N, C) with targets (N,), by the head's weight (V, C). The
-    weight is cast here, so that the chunks' gradients of it are added up in float32."""
+    weight is cast here, so that its gradients from all chunks are added in float32."""
     logits = F.linear(x, weight.to(x.dtype))
     return F.cross_entropy(upcast(logits), targets, ignore_index=IGNORE, reduction="sum")
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """The sum of chunk_loss over chunks of some rows. Each chunk's gradient is taken on the spot, while its logits
-    are there, so that they are neither kept for the backward pass nor computed twice."""
+class ChunkedLoss(torch.autograd.Function):
+    """The sum of chunk_loss over chunks of `rows` rows. The forward pass computes each chunk's gradient while it has
+    the logits, so that they are neither kept for the backward pass nor computed twice."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, rows, chunk_loss):

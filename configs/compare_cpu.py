@@ -1,4 +1,4 @@
-"""The comparison for a laptop's CPU, about four minutes a run on two cores:
+"""The comparison for a laptop's CPU, about four minutes per run on two cores:
 
 python -m tools.compare configs/compare_cpu.py --activation=xielu,relu2,swiglu,gelu,xsilu,xatlu --seed=1,2,3
 """

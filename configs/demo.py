@@ -1,10 +1,10 @@
-"""A small model of Python source, byte by byte, on a laptop's CPU. Its data:
+"""A small model of Python source code, byte by byte, for a laptop's CPU. Its data:
 
 python prepare_data.py stdlib
 """
 
 data = "data/stdlib"
-vocab_size = 257
+vocab_size = 257  # 256 bytes and the delimiter between documents
 
 dim = 128
 n_layers = 4
@@ -25,4 +25,4 @@ eval_tokens = 200_000
 log_every = 50
 checkpoint_every = 250
 
-device = "cpu"  # at this size a GPU is no faster
+device = "cpu"  # so that losses are the same, bit for bit, every time

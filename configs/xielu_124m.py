@@ -15,7 +15,7 @@ ffn_dim = 3072
 seq_len = 1024
 
 tokens_per_step = 524_288  # 512 sequences: 16 × 32 on one GPU, 16 × 4 × 8 on eight
-micro_batch_size = 16  # lower it where memory is short; the result is the same
+micro_batch_size = 16  # lower it if memory is short; the losses stay the same up to rounding
 max_steps = 4768
 lr = 1e-3
 warmup_steps = 300

@@ -7,10 +7,7 @@ python prepare_data.py fineweb-edu --subset=sample-350BT --tokenizer=tekken --to
 
 torchrun --nproc_per_node=8 train.py configs/xielu_1b.py
 
-On a SLURM cluster, with 180 s of warning, requeued until it is finished (the whole script is in the README):
-
-#SBATCH --requeue --open-mode=append --signal=TERM@180
-srun torchrun … --shutdown-timeout=150 --max-restarts=3 train.py configs/xielu_1b.py --resume
+docs/reliability.md has a script for a SLURM cluster.
 """
 
 data = "data/fineweb-edu-tekken"

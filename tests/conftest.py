@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,18 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import xielu  # noqa: E402
+from config import Config  # noqa: E402
 from runs import TINY  # noqa: E402
-from train import Config  # noqa: E402
 
 # Beyond this many variants of one function torch.compile runs it uncompiled, and a test of compiled code tests nothing.
 torch._dynamo.config.recompile_limit = 100
+
+
+@pytest.fixture(autouse=True)
+def compile_again():
+    """train.main --compile=False clears a switch of this process, which the next test must not inherit."""
+    xielu.COMPILE = True
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +48,8 @@ def fake_run(tmp_path):
 
     def write(activation, seed, losses, scalars=None, folder=None, finite=True, **keys):
         folder = tmp_path / (folder or f"{activation}-seed={seed}")
-        config = Config(
-            activation=activation, seed=seed, max_steps=10 * (len(losses) - 1), out=str(folder), resume=True
-        )
-        config = replace(config, warmup_steps=0, decay_steps=0, tokens_per_step=1000, **keys)
+        steps = {"max_steps": 10 * (len(losses) - 1), "warmup_steps": 0, "decay_steps": 0, "tokens_per_step": 1000}
+        config = Config(activation=activation, seed=seed, out=str(folder), resume=True, **steps, **keys)
         records = []
         for step, loss in zip(range(0, 10 * len(losses), 10), losses):
             speed = {"kind": "train", "step": step, "tokens": 1000 * step, "tokens_per_s": 100.0 + step}

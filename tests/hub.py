@@ -1,5 +1,5 @@
-"""A server that answers as Hugging Face's hub does, for one small data set of several parquet files, and fails on
-demand: what the real client is tested against."""
+"""A local server that answers like Hugging Face's hub for one small data set, and fails on demand: the real client is
+tested against it."""
 
 import hashlib
 import http.server
@@ -28,7 +28,7 @@ configs:
 
 
 def write_dataset(folder, documents, files=3, row_group=50):
-    """The repository's files, with the documents in so many parquet files of several row groups."""
+    """Write the files of the repository: the documents in `files` parquet files, of several row groups each."""
     (folder / "sample" / "10BT").mkdir(parents=True)
     (folder / "README.md").write_text(README)
     (folder / "data" / "CC-MAIN-2013-20").mkdir(parents=True)
@@ -41,8 +41,8 @@ def write_dataset(folder, documents, files=3, row_group=50):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves a folder. `faults`: [(pattern of "METHOD /path", what happens to a request that matches, how many times)],
-    where what happens is a status, "drop" (no answer) or "cut" (half of one)."""
+    """Serves a folder. `faults` is a list of (pattern of "METHOD /path", what happens, how many times); what happens
+    to a matching request is a status, "drop" (no answer) or "cut" (half of the answer)."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -52,6 +52,9 @@ class Hub(http.server.ThreadingHTTPServer):
     @property
     def environment(self):
         return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def name_of(self, path):
+        return path.relative_to(self.folder).as_posix()
 
     def fault(self, request):
         for number, (pattern, what, times) in enumerate(self.faults):
@@ -95,7 +98,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(self.path.partition("?")[0])
         api, resolve = f"/api/datasets/{REPOSITORY}", f"/datasets/{REPOSITORY}/resolve/"
         if path in (api, f"{api}/revision/main", f"{api}/revision/{SHA}"):
-            files = [p.relative_to(self.server.folder).as_posix() for p in self.server.folder.rglob("*") if p.is_file()]
+            files = [self.server.name_of(path) for path in self.server.folder.rglob("*") if path.is_file()]
             about = {"id": REPOSITORY, "sha": SHA, "private": False, "gated": False, "disabled": False, "tags": []}
             self.answer(200, json.dumps(about | {"siblings": [{"rfilename": name} for name in files]}).encode())
         elif path.startswith(f"{api}/tree/{SHA}"):
@@ -111,11 +114,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
         entries = []
         for path in sorted(folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()):
-            entry = {"type": "file" if path.is_file() else "directory", "oid": "0" * 40, "size": 0}
-            entry |= {"path": path.relative_to(self.server.folder).as_posix()}
-            if path.is_file():
-                entry["size"] = path.stat().st_size
-            entries.append(entry)
+            facts = (
+                {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory", "size": 0}
+            )
+            entries.append(facts | {"oid": "0" * 40, "path": self.server.name_of(path)})
         self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
 
     def file(self, name, cut):

@@ -1,5 +1,7 @@
 """Whole runs of train.py, for the tests that watch them: a tiny config, and how to start it."""
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -7,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import train
+import xielu
 
 ROOT = Path(__file__).parent.parent
 # Pieces of text at whose seams tokenizers differ
@@ -53,15 +58,38 @@ def launch(*arguments, processes=1, threads=1, torchrun=(), **options):
 
 
 def run(*arguments, status=0, **options):
+    """The text that a process which trains has printed, on either stream, until it ended with this status."""
     process = launch(*arguments, **options)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == status, stderr
     return stdout + stderr
 
 
+@contextlib.contextmanager
+def settings_restored():
+    """Undo what a run sets for its whole process. Inside, one thread, as `run` has: the same losses, bit for bit."""
+    threads, compiles = torch.get_num_threads(), xielu.COMPILE
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        xielu.COMPILE = compiles
+
+
+def here(*arguments, status=0):
+    """run() in this process, without the seconds that a new one takes to start: the text on standard output."""
+    with settings_restored(), contextlib.redirect_stdout(io.StringIO()) as text:
+        assert train.main([str(argument) for argument in arguments]) == status, text.getvalue()
+    return text.getvalue()
+
+
 def error(capsys, *arguments):
     """The one line on standard error that a mistake gets, with status 2."""
-    assert train.main([str(argument) for argument in arguments]) == 2
+    with settings_restored():
+        assert train.main([str(argument) for argument in arguments]) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     return stderr

@@ -1,20 +1,24 @@
-"""data.py: the shard format, and the batch as a pure function of (seed, step)."""
+"""data.py: the shard format, the batch as a pure function of (seed, step), and what must not change under a run.
+tokenizer.py: the ids of each tokenizer."""
 
 import importlib.resources
 import json
 import os
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import data
+from command import UserError
 from data import (
     Corpus,
-    UserError,
     bits_per_byte,
+    content_hash,
     find_shards,
-    get_tokenizer,
+    open_data,
     open_shard,
     prefetched,
     read_meta,
@@ -24,6 +28,7 @@ from data import (
     validation_batches,
 )
 from runs import ODD_TEXTS, ROOT
+from tokenizer import get_tokenizer
 
 
 def write(path, tokens, vocab_size=1000):
@@ -40,26 +45,22 @@ def folder(tmp_path):
     return tmp_path
 
 
+SPLITS = {"val": {"tokens": 50, "bytes": 40}, "train": {"tokens": 160, "bytes": 100}}
+META = {"tokenizer": "bytes", "vocab_size": 257, "splits": SPLITS}
+
+
 # ------------------------------------------------------------------------------------------------ format
 
 
 @pytest.mark.parametrize("vocab_size, magic, version, itemsize", [(65536, 20240520, 1, 2), (65537, 20240801, 7, 4)])
 def test_format(tmp_path, vocab_size, magic, version, itemsize):
+    """That of llm.c and modded-nanogpt, written and read."""
     path = tmp_path / "x_val_000000.bin"
     write(path, [1, 2, vocab_size - 1], vocab_size)
-    raw = path.read_bytes()
-    assert np.frombuffer(raw[:1024], "<i4").tolist() == [magic, version, 3] + [0] * 253
-    assert len(raw) == 1024 + 3 * itemsize
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, 3
+    assert path.read_bytes() == header.tobytes() + np.array([1, 2, vocab_size - 1], f"<u{itemsize}").tobytes()
     assert open_shard(path).read(1, 2).tolist() == [2, vocab_size - 1]
-
-
-def test_reads_what_others_write(tmp_path):
-    header = np.zeros(256, np.int32)
-    header[:3] = 20240520, 1, 4
-    with open(tmp_path / "fineweb_train_000001.bin", "wb") as file:
-        file.write(header.tobytes())
-        file.write(np.array([50256, 7, 8, 9], np.uint16).tobytes())
-    assert find_shards(tmp_path, "train")[0].read(0, 4).tolist() == [50256, 7, 8, 9]
 
 
 def test_a_name_that_speaks_of_the_other_split(tmp_path):
@@ -70,35 +71,28 @@ def test_a_name_that_speaks_of_the_other_split(tmp_path):
     assert [shard.read(0, 1).item() for shard in find_shards(tmp_path, "val")] == [1]
 
 
-def damage(raw, kind):
+def raised(raw, place):
+    """With one header number larger by 1."""
     header = np.frombuffer(raw[:1024], "<i4").copy()
-    if kind == "truncated":
-        return raw[:-3]
-    if kind == "longer":
-        return raw + b"12"
-    if kind == "empty":
-        return b""
-    if kind == "header only in part":
-        return raw[:500]
-    header[{"magic": 0, "version": 1, "count": 2}[kind]] += 1
+    header[place] += 1
     return header.tobytes() + raw[1024:]
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    "damage, message",
     [
-        ("truncated", "header says 50 tokens, it holds 48.5"),
-        ("longer", "header says 50 tokens, it holds 51"),
-        ("count", "header says 51 tokens, it holds 50"),
-        ("empty", "shorter than the header"),
-        ("header only in part", "shorter than the header"),
-        ("magic", "its magic number is 20240521"),
-        ("version", "version 2 of the shard format"),
+        (lambda raw: raw[:-3], "header says 50 tokens, but it holds 48.5"),
+        (lambda raw: raw + b"12", "header says 50 tokens, but it holds 51"),
+        (lambda raw: b"", "shorter than the header"),
+        (lambda raw: raw[:500], "shorter than the header"),
+        (lambda raw: raised(raw, 0), "its magic number is 20240521, not 20240520 or 20240801"),
+        (lambda raw: raised(raw, 1), "version 2 of the shard format"),
+        (lambda raw: raised(raw, 2), "header says 51 tokens, but it holds 50"),
     ],
 )
-def test_damaged_shards(folder, kind, message):
+def test_damaged_shards(folder, damage, message):
     path = folder / "x_val_000000.bin"
-    path.write_bytes(damage(path.read_bytes(), kind))
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
         Corpus(folder, "val", 8, 1000)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
@@ -112,26 +106,24 @@ def test_missing_folder_and_shards(tmp_path):
 
 
 def test_meta(folder):
-    assert read_meta(folder) is None
-    splits = {"val": {"tokens": 50, "bytes": 40}, "train": {"tokens": 160, "bytes": 100}}
-    good = {"tokenizer": "bytes", "vocab_size": 257, "splits": splits}
-    path = folder / "meta.json"
-    path.write_text(json.dumps(good))
-    assert read_meta(folder) == good
-    assert bits_per_byte(np.log(2), good) == pytest.approx(50 / 40)
-    assert bits_per_byte(1.0, None) is None
-    empty = {"val": {"tokens": 50, "bytes": 0}, "train": splits["train"]}
-    assert bits_per_byte(1.0, good | {"splits": empty}) is None
-    bad = ["{", "[]", "3", "{}", "\xff", "[" * 10**5]
-    bad += [json.dumps(good | change) for change in ({"splits": {}}, {"vocab_size": "257"}, {"vocab_size": True})]
-    bad += [json.dumps(good | {"splits": splits | {"val": {"tokens": 50, "bytes": value}}}) for value in (-1, 0.5)]
-    for text in bad:
-        path.write_text(text, encoding="latin-1")
+    assert read_meta(folder) is None and bits_per_byte(1.0, None) is None
+    path, text = folder / "meta.json", json.dumps(META)
+    path.write_text(text)
+    assert read_meta(folder) == META
+    assert bits_per_byte(np.log(2), META) == pytest.approx(50 / 40)
+    assert bits_per_byte(1.0, json.loads(text.replace("40", "0"))) is None
+    changes = [("splits", "split"), ("257", '"257"'), ("257", "true"), ("40", "-1"), ("40", "0.5")]
+    for bad in ["{", "[]", "3", "{}", "\xff", "[" * 10**5, *(text.replace(*change) for change in changes)]:
+        path.write_text(bad, encoding="latin-1")
         with pytest.raises(UserError, match="meta.json is malformed"):
             read_meta(folder)
-    path.write_text(json.dumps(good | {"splits": splits | {"val": {"tokens": 51, "bytes": 40}}}))
-    with pytest.raises(UserError, match="tells of 51 val tokens, but the shards hold 50"):
-        read_meta(folder)
+    for change, message in [
+        (("50", "51"), "says 51 val tokens, but the shards hold 50"),
+        (("257", "70000"), "tokenizer"),
+    ]:
+        path.write_text(text.replace(*change))
+        with pytest.raises(UserError, match=message):
+            read_meta(folder)
 
 
 # ------------------------------------------------------------------------------------------------ order
@@ -154,6 +146,13 @@ def test_shuffled_looks_random():
         assert 40 < ((counts - 100) ** 2 / 100).sum() < 150  # chi-square of about 81 degrees of freedom
         for other in orders[:number]:
             assert abs(np.corrcoef(order, other)[0, 1]) < 0.05
+
+
+def test_the_order_of_version_1():
+    """If one of these numbers changes, ORDER_VERSION must."""
+    assert data.ORDER_VERSION == 1
+    assert shuffled(np.arange(10), 10, 42, 0).tolist() == [1, 7, 2, 0, 3, 6, 5, 8, 4, 9]
+    assert shuffled(np.arange(3), 10**13, 2**63 + 5, 7).tolist() == [9367723440328, 9931269016552, 8396447457651]
 
 
 def test_shuffled_needs_no_room_for_large_n():
@@ -211,6 +210,89 @@ def test_validation_covers_its_tokens_once(folder, max_tokens, world):
             predicted += targets[real].tolist()
     expected = [*range(1, 50), *range(101, 120)][:max_tokens]
     assert sorted(predicted) == expected
+
+
+# ------------------------------------------------------------------------------------------------ under a run
+
+
+def test_content_hash(tmp_path):
+    """Other tokens, order, cuts or dtype change it; the names of files do not."""
+    tokens = np.random.default_rng(0).integers(0, 1000, 20_000)
+
+    def hash_of(*parts, vocab_size=1000):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for number, part in enumerate(parts):
+            write(folder / f"{folder.name}_train_{number:06d}.bin", part, vocab_size)
+        return content_hash(find_shards(folder, "train"))
+
+    first, last = tokens.copy(), tokens.copy()
+    first[0] += 1
+    last[-1] += 1
+    hashes = [hash_of(tokens), hash_of(tokens, vocab_size=10**5), hash_of(tokens[::-1]), hash_of(first), hash_of(last)]
+    hashes += [hash_of(tokens[:n], tokens[n:]) for n in (10_000, 10_001, 5)] + [hash_of(tokens[5:], tokens[:5])]
+    hashes += [hash_of(tokens[:0]), hash_of(tokens[:0], tokens[:0])]
+    small = [tokens[:4096].copy() for _ in range(20)]
+    for number, part in enumerate(small):  # of a shard this small, every token counts
+        part[number * 210] += 1
+    hashes += [hash_of(part) for part in [tokens[:4096], *small]]
+    assert len(set(hashes)) == len(hashes) and hash_of(tokens) == hashes[0]
+
+
+def config_of(folder, **keys):
+    return SimpleNamespace(**{"data": str(folder), "seq_len": 8, "vocab_size": 1000, "eval_tokens": 10} | keys)
+
+
+def test_data_that_changed_under_a_run(folder, tmp_path):
+    """The same tokens in other shards, or in another order, are other data; a moved folder has the same."""
+    (folder / "meta.json").write_text(json.dumps(META))
+    corpus, validation, meta, facts = open_data(config_of(folder), {}, print)
+    assert corpus.n_sequences == 19 and validation.shards[0].tokens == 50 and meta == META
+    assert json.loads(json.dumps(facts)) == facts and facts.keys() == {"tokenizer", "order", "train", "val"}
+    moved = folder.rename(tmp_path.with_name("moved"))
+
+    def refused(*changed, began=facts):
+        with pytest.raises(UserError, match="the data have changed since the run began") as caught:
+            open_data(config_of(moved), began, print)
+        assert f"({', '.join(changed)} of {moved})" in str(caught.value)
+
+    for began in (facts, {}, {"tokenizer": "bytes"}):
+        assert open_data(config_of(moved), began, print)[3] == facts
+    refused("order of batches", began=facts | {"order": 0})
+    refused("tokenizer", began={"tokenizer": "gpt2"})
+    first, second = moved / "x_train_000001.bin", moved / "x_train_000002.bin"
+    tokens = np.arange(157)
+    for parts in [(tokens[:57], tokens[57:]), (tokens[57:], tokens[:57]), (tokens[99::-1], tokens[100:])]:
+        for path, part in zip((first, second), parts):
+            write(path, part)
+        refused("training shards")
+    write(moved / "x_val_000000.bin", np.arange(50)[::-1])
+    (moved / "meta.json").unlink()
+    refused("tokenizer", "training shards", "validation shards")
+
+
+def test_data_that_do_not_fit_the_config(folder):
+    notes = []
+    open_data(config_of(folder), {}, notes.append)
+    assert notes.pop() == f"note: {folder} has no meta.json, so bits per byte are not known"
+    for name, eval_tokens, noted in [("bytes", 10, False), ("gpt2", 10, True), ("gpt2", 50, False)]:
+        (folder / "meta.json").write_text(json.dumps(META | {"tokenizer": name}))
+        open_data(config_of(folder, eval_tokens=eval_tokens), {}, notes.append)
+        assert noted == ("eval_tokens covers a part" in "".join(notes))
+        notes.clear()
+    for message, keys in [
+        (r"was tokenized with gpt2 \(257 ids\), more than vocab_size=256", {"vocab_size": 256}),
+        ("too short for one sequence of 100 tokens", {"seq_len": 100}),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_data(config_of(folder, **keys), {}, print)
+    (folder / "meta.json").unlink()
+    write(folder / "x_val_000000.bin", [1])
+    with pytest.raises(UserError, match="no validation tokens to predict"):
+        open_data(config_of(folder), {}, print)
+
+
+# ------------------------------------------------------------------------------------------------ threads
 
 
 def test_prefetched_keeps_order_and_raises():

@@ -1,10 +1,13 @@
-"""What can happen to a run, done to real processes: kills, signals, dead ranks, full disks, damaged files, NaN.
+"""What can happen to a run: kills, signals, dead ranks, full disks and NaN, done to real processes; and files that were
+damaged or have changed.
 
 The long ones are marked slow. README's table of faults names these tests.
 """
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -15,14 +18,18 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+import data
 import train
-from data import shard_header
-from runs import ROOT, error, launch, log, run
+from activations import get_activation, load_derived
+from identity import own_source
+from run import read_checkpoint, save_checkpoint
+from runs import ROOT, error, here, launch, log, run
 
 
 def wait_for(pattern, process, times=1):
@@ -44,11 +51,41 @@ def end(process, timeout=120):
 
 def whole(out):
     """A finished run's log has each line once, in order, and its checkpoint can be read."""
-    steps = [(record["step"], record["kind"] == "train") for record in log(out)]
     keys = [(record["kind"], record["step"]) for record in log(out)]
-    assert len(set(keys)) == len(keys) and [step for step, _ in steps] == sorted(step for step, _ in steps)
+    assert len(set(keys)) == len(keys) and [step for _, step in keys] == sorted(step for _, step in keys)
     assert not list(out.glob("*.tmp"))
     return torch.load(out / "ckpt.pt", weights_only=True)
+
+
+def assert_same(out, other):
+    """Two finished runs have the same losses and weights, bit for bit."""
+    assert log(out) == log(other)
+    ends = [whole(folder)["model"] for folder in (out, other)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+# A config file is Python: it can put a fault into the process that reads it.
+FAULT = """
+import __main__ as _train, os as _os, time as _time
+_number, _original = -1, _train.{function}
+def _faulty(*arguments):
+    global _number
+    _number += 1
+    return {result}
+_train.{function} = _faulty
+"""
+
+
+def fault(function, result):
+    """The lines of a config file by which `function` of train.py returns another result."""
+    return FAULT.format(function=function, result=result)
+
+
+def kill(number, function, call, rank=0):
+    """The lines by which the process of this rank sends itself a signal in its call number 0, 1, … of a function. Once:
+    not after a restart."""
+    when = f"_number == {call} and _train.RANK == {rank} and not _train.machine.RESTARTS"
+    return fault(function, f"({when} and _os.kill(_os.getpid(), {number:d})) or _original(*arguments)")
 
 
 # ------------------------------------------------------------------------------------------------ kill -9
@@ -58,45 +95,29 @@ def whole(out):
 def test_killed_at_random_moments(config, tmp_path, kills):
     """A checkpoint after every step: a good part of the time is spent in writing one."""
     options = ["--max_steps=60", "--checkpoint_every=1", "--eval_every=10", "--keep_checkpoints=2", "--dim=64"]
-    run(config, *options, f"--out={tmp_path}/whole")
+    here(config, *options, f"--out={tmp_path}/whole")
     out, rng, done, moments = tmp_path / "killed", random.Random(kills), 0, set()
-    while True:
+    while done < kills:
         process = launch(config, *options, f"--out={out}", "--resume")
-        if done < kills:
-            wait_for(r"^step \d+/60  loss", process, times=rng.randint(1, max(1, 90 // kills)))
-            time.sleep(rng.random() * 0.02)
-            process.kill()
-            status, text = end(process)
-            done += status == -signal.SIGKILL
-            moments.add(tuple(sorted(path.name for path in out.glob("*.tmp"))))
-        else:
-            status, text = end(process)
-            assert status == 0, text
-            break
-    assert done == kills
+        wait_for(r"^step \d+/60  loss", process, times=rng.randint(1, max(1, 90 // kills)))
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        done += end(process)[0] == -signal.SIGKILL
+        moments.add(tuple(sorted(path.name for path in out.glob("*.tmp"))))
+        with open(out / "log.jsonl", "a") as file:
+            file.write('[]\n"x"\n{"kind": "val"}\n{"kind": "train", "step": 59, "lo')  # torn by the kill
+    here(config, *options, f"--out={out}", "--resume")
     if kills >= 20:
         assert len(moments) > 1  # some of the kills left half a checkpoint behind
-    assert log(out) == log(tmp_path / "whole")
-    ends = [whole(folder)["model"] for folder in (out, tmp_path / "whole")]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert_same(out, tmp_path / "whole")
 
 
 def test_a_leftover_temporary_file_is_no_checkpoint(config, tmp_path):
     out = tmp_path / "out" / "tiny"
-    run(config, "--max_steps=8")
+    here(config, "--max_steps=8")
     (out / "ckpt.pt.tmp").write_bytes((out / "ckpt.pt").read_bytes()[:5000])
-    assert "resuming" in run(config, "--resume", "--max_steps=12")
+    assert "resuming" in here(config, "--resume", "--max_steps=12")
     assert whole(out)["step"] == 12
-
-
-def test_checkpoints_that_are_kept(config, tmp_path):
-    out = tmp_path / "out" / "tiny"
-    run(config, "--max_steps=10", "--checkpoint_every=2", "--keep_checkpoints=3")
-    names = sorted(path.name for path in out.glob("ckpt*"))
-    assert names == ["ckpt.pt", "ckpt_00000006.pt", "ckpt_00000008.pt", "ckpt_00000010.pt"]
-    steps = [torch.load(out / name, weights_only=True)["step"] for name in names]
-    assert steps == [10, 6, 8, 10]
-    assert (out / "ckpt.pt").samefile(out / "ckpt_00000010.pt")  # no more room than three
 
 
 def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
@@ -105,7 +126,7 @@ def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "link", refuse)
     for step in (1, 2, 3):
-        train.save_checkpoint(tmp_path, {"step": step}, 2)
+        save_checkpoint(tmp_path, {"step": step}, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
     assert (tmp_path / "ckpt.pt").read_bytes() == (tmp_path / "ckpt_00000003.pt").read_bytes()
 
@@ -116,7 +137,7 @@ def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_and_saves(config, tmp_path, number):
     options = ["--max_steps=60", "--checkpoint_every=1000", "--eval_every=1000"]
-    run(config, *options, f"--out={tmp_path}/whole")
+    here(config, *options, f"--out={tmp_path}/whole")
     out = tmp_path / "stopped"
     process = launch(config, *options, f"--out={out}")
     wait_for("^step 7/60", process)
@@ -126,38 +147,42 @@ def test_a_signal_ends_the_step_and_saves(config, tmp_path, number):
     last = text.splitlines()[-1]
     stopped = int(re.fullmatch(r"stopped at step (\d+), checkpoint saved", last)[1])
     assert 7 <= stopped < 60 and whole(out)["step"] == stopped
-    run(config, *options, f"--out={out}", "--resume")
+    here(config, *options, f"--out={out}", "--resume")
     assert log(out) == log(tmp_path / "whole")
 
 
 def test_a_signal_during_the_validation(config, tmp_path):
-    """It is cut off, and made after the restart."""
-    options = ["--max_steps=6", "--decay_steps=2", "--eval_every=3", "--eval_tokens=20000", "--micro_batch_size=1"]
-    run(config, *options, f"--out={tmp_path}/whole")
-    process = launch(config, *options, f"--out={tmp_path}/out")
-    wait_for("^step 6/6  loss", process)
-    process.send_signal(signal.SIGTERM)
-    status, text = end(process)
-    assert status == 143 and "stopped at step 6, checkpoint saved" in text, text
-    run(config, *options, f"--out={tmp_path}/out", "--resume")
-    assert log(tmp_path / "out") == log(tmp_path / "whole")
+    """It is cut off, and made after the restart: first that of step 3, then the last."""
+    options = ["--max_steps=6", "--decay_steps=2", "--eval_every=3"]
+    here(config, *options, f"--out={tmp_path}/whole")
+    clean, out = config.read_text(), tmp_path / "out" / "tiny"
+    config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=1))
+    for step in (3, 6):
+        text = run(config, *options, "--resume", status=143)
+        assert text.splitlines()[-1] == f"stopped at step {step}, checkpoint saved"
+        assert log(out)[-1]["step"] == step and step not in [r["step"] for r in log(out) if r["kind"] == "val"]
+    config.write_text(clean)
+    here(config, *options, "--resume")
+    assert log(out) == log(tmp_path / "whole")
 
 
-def test_a_second_ctrl_c_stops_at_once(config, tmp_path):
-    process = launch(config, "--dim=512", "--ffn_dim=6144", "--tokens_per_step=65536", "--micro_batch_size=64")
+def test_a_second_ctrl_c_stops_at_once(config):
+    """Even in a step that never ends."""
+    config.write_text(config.read_text() + fault("compute_gradient", "_time.sleep(600)"))
+    process, signals = launch(config), 0
     wait_for("^step 0/", process)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    status, text = end(process)
-    assert status == -signal.SIGINT and time.monotonic() - began < 3
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        signals += 1
+    assert signals >= 2 and process.returncode == -signal.SIGINT
+    end(process)
 
 
 def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path):
     """1 → 2 → 1 processes, each but the last ended by SIGTERM."""
     options = ["--max_steps=60", "--micro_batch_size=2", "--eval_every=1000"]
-    run(config, *options, f"--out={tmp_path}/one")
+    here(config, *options, f"--out={tmp_path}/one")
     out = tmp_path / "changing"
     for processes, stop_at in ((1, 10), (2, 30)):
         process = launch(config, *options, f"--out={out}", "--resume", processes=processes)
@@ -166,7 +191,7 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path):
         status, text = end(process)
         assert status == (143 if processes == 1 else 1)  # torchrun's own status
         assert len(re.findall(r"^stopped at step \d+, checkpoint saved$", text, re.M)) == 1, text
-    run(config, *options, f"--out={out}", "--resume")
+    here(config, *options, f"--out={out}", "--resume")
     whole(out)
     for single, changing in zip(log(tmp_path / "one"), log(out), strict=True):
         assert (single["kind"], single["step"]) == (changing["kind"], changing["step"])
@@ -176,68 +201,49 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path):
 # ------------------------------------------------------------------------------------------------ dead ranks
 
 
-def workers(torchrun):
-    """{rank: process number} of a torchrun's train.py processes."""
-    found = {}
-    for number in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{number}/stat") as stat, open(f"/proc/{number}/environ") as environ:
-                if int(stat.read().rpartition(")")[2].split()[1]) == torchrun.pid:
-                    if rank := re.search(r"\0RANK=(\d+)", "\0" + environ.read()):
-                        found[int(rank[1])] = int(number)
-    return found
-
-
-def test_a_dead_rank_ends_the_group(config, tmp_path):
-    process = launch(config, "--max_steps=100000", processes=2)
-    wait_for("^step 5/", process)
+def test_a_dead_rank_ends_the_group(config):
+    config.write_text(config.read_text() + kill(signal.SIGKILL, "compute_gradient", call=5, rank=1))
     began = time.monotonic()
-    os.kill(workers(process)[1], signal.SIGKILL)
-    status, text = end(process, timeout=60)
-    assert status == 1 and time.monotonic() - began < 60
+    text = run(config, "--max_steps=100000", processes=2, status=1)
+    assert "step 5/" in text and time.monotonic() - began < 60
     assert re.search(r"rank\s*: 1 ", text) and "exitcode  : -9" in text
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_torchrun_restarts_and_goes_on(config, tmp_path, times):
-    """A rank is killed; torchrun --max-restarts starts all again, and they go on from the checkpoint by themselves."""
-    run(config, "--max_steps=40", "--micro_batch_size=2", f"--out={tmp_path}/whole", processes=2)
+    """A rank is killed; torchrun --max-restarts starts all again, and they continue from the checkpoint."""
+    options, clean = ["--max_steps=40", "--micro_batch_size=2"], config.read_text()
+    run(config, *options, f"--out={tmp_path}/whole", processes=2)
     for number in range(times):
+        config.write_text(clean + kill(signal.SIGKILL, "compute_gradient", call=10 + number, rank=number % 2))
         out = tmp_path / f"out{number}"
-        options = ["--max_steps=40", "--micro_batch_size=2", f"--out={out}"]
-        process = launch(config, *options, processes=2, torchrun=["--max-restarts=1"])
-        wait_for("^step 10/40", process)
-        os.kill(workers(process)[number % 2], signal.SIGKILL)
-        status, text = end(process, timeout=120)
-        assert status == 0 and "resuming" in text, text
+        text = run(config, *options, f"--out={out}", processes=2, torchrun=["--max-restarts=1"])
+        assert f"resuming {out} at step" in text
         assert log(out) == log(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------------------------------ NaN
 
-# A config file is Python: it can put a fault into the run that reads it.
-POISON = """
-import __main__ as _train
-_gradient = _train.compute_gradient
-_number = -1
-def _poisoned(*arguments):
-    global _number
-    _number += 1
-    loss, norm = _gradient(*arguments)
-    return {poison}
-_train.compute_gradient = _poisoned
-"""
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(change): the gradient number 0, 1, … of this process's next run gives change(number, loss, norm)."""
+    gradient = train.compute_gradient
+
+    def apply(change):
+        numbers = itertools.count()
+        monkeypatch.setattr(train, "compute_gradient", lambda *values: change(next(numbers), *gradient(*values)))
+
+    return apply
 
 
-def test_one_bad_step_is_left_out(config, tmp_path):
-    clean = config.read_text()
-    run(config, f"--out={tmp_path}/clean")
-    config.write_text(clean + POISON.format(poison='loss, float("inf") if _number == 5 else norm'))
+def test_one_bad_step_is_left_out(config, tmp_path, poison):
+    here(config, f"--out={tmp_path}/clean")
+    poison(lambda number, loss, norm: (loss, math.inf if number == 5 else norm))
     out = tmp_path / "bad"
-    text = run(config, f"--out={out}")
+    text = here(config, f"--out={out}")
     assert "step 6/12  loss" in text and "not finite, update left out" in text
-    records = log(out)
-    (bad,) = [record for record in records if record["kind"] == "bad"]
+    (bad,) = [record for record in log(out) if record["kind"] == "bad"]
     assert bad["step"] == 6 and bad["grad_norm"] == "inf" and isinstance(bad["loss"], float)
     good, clean = ({(r["kind"], r["step"]): r["loss"] for r in log(f)} for f in (out, tmp_path / "clean"))
     assert all(good["train", step] == clean["train", step] for step in range(1, 6))
@@ -249,43 +255,33 @@ def test_one_bad_step_is_left_out(config, tmp_path):
 def test_a_run_that_stays_bad_stops_with_its_last_good_checkpoint(config, tmp_path):
     """The learning rate breaks the weights by an update that is itself finite; no checkpoint of them is kept."""
     out = tmp_path / "out" / "tiny"
-    run(config, "--max_steps=6", "--decay_steps=2", "--warmup_steps=0", "--checkpoint_every=1")
-    text = run(config, "--resume", "--max_steps=40", "--lr=1e30", "--checkpoint_every=1", status=3)
+    here(config, "--max_steps=6", "--decay_steps=2", "--warmup_steps=0", "--checkpoint_every=1")
+    text = here(config, "--resume", "--max_steps=40", "--lr=1e30", "--checkpoint_every=1", status=3)
     assert "not finite 10 times in a row; the last checkpoint is that of step 6" in text.splitlines()[-1]
     assert len([record for record in log(out) if record["kind"] == "bad"]) == 10
     assert whole(out)["step"] == 6
     for line in (out / "log.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    run(config, "--resume", "--max_steps=12", "--lr=1e-3")
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    here(config, "--resume", "--max_steps=12", "--lr=1e-3")
     assert all(record["kind"] != "bad" for record in log(out)) and log(out)[-1]["step"] == 12
 
 
 def test_all_processes_leave_out_the_same_step(config, tmp_path):
     """One process alone sees a loss that is not finite."""
-    poison = 'float("nan") if _number == 5 and _train.RANK == 1 else loss, norm'
-    config.write_text(config.read_text() + POISON.format(poison=poison))
+    loss = 'float("nan") if _number == 5 and _train.RANK == 1 else loss'
+    poisoned = fault("compute_gradient", f"[({loss}, norm) for loss, norm in [_original(*arguments)]][0]")
+    config.write_text(config.read_text() + poisoned)
     run(config, "--micro_batch_size=2", f"--out={tmp_path}/two", processes=2)
     assert [(r["kind"], r["loss"]) for r in log(tmp_path / "two") if r["step"] == 6] == [("bad", "nan")]
 
 
-def test_a_spike_is_flagged(config, tmp_path):
-    config.write_text(config.read_text() + POISON.format(poison="loss * (1 + (_number == 7)), norm"))
-    text = run(config, "--log_every=5")
-    assert [line.endswith("spike") for line in text.splitlines() if re.match(r"step \d+/12  loss", line)] == [
-        False,
-        False,
-        True,  # step 8, out of turn
-        False,
-        False,
-    ]
-    records = [record for record in log(tmp_path / "out" / "tiny") if record["kind"] == "train"]
-    assert [(record["step"], "spike" in record) for record in records] == [
-        (1, False),
-        (5, False),
-        (8, True),
-        (10, False),
-        (12, False),
-    ]
+def test_a_spike_is_flagged(config, tmp_path, poison):
+    poison(lambda number, loss, norm: (loss * (1 + (number == 7)), norm))
+    text = here(config, "--log_every=5")
+    flags = [line.endswith("spike") for line in text.splitlines() if re.match(r"step \d+/12  loss", line)]
+    steps = [(r["step"], "spike" in r) for r in log(tmp_path / "out" / "tiny") if r["kind"] == "train"]
+    assert steps == [(1, False), (5, False), (8, True), (10, False), (12, False)]  # step 8, out of turn
+    assert flags == [flag for _, flag in steps]
 
 
 # ------------------------------------------------------------------------------------------------ full disk
@@ -298,14 +294,22 @@ def small_files(size):
 
 def test_no_room_for_a_checkpoint(config, tmp_path):
     out = tmp_path / "out" / "tiny"
-    run(config, "--max_steps=4", "--decay_steps=1")
-    before = (out / "ckpt.pt").read_bytes()
-    text = run(config, "--resume", "--max_steps=12", status=2, preexec_fn=small_files(len(before) // 2))
+    here(config, "--max_steps=4", "--decay_steps=1")
+    before, clean = (out / "ckpt.pt").read_bytes(), config.read_text()
+    limit = small_files(len(before) // 2)
+    text = run(config, "--resume", "--max_steps=12", status=2, preexec_fn=limit)
     assert "warning: no checkpoint at step 8 (File too large); the last checkpoint is that of step 4, and" in text
     assert "step 12/12  val loss" in text and text.count("error: ") == 1
     assert text.splitlines()[-1].startswith("error: ") and "make room on the disk, then --resume" in text
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-    run(config, "--resume", "--max_steps=12")
+    config.write_text(
+        clean + kill(signal.SIGTERM, "evaluate", call=0)
+    )  # the last one, after the last checkpoint has failed
+    text = run(config, "--resume", "--max_steps=12", "--eval_every=1000", status=143, preexec_fn=limit)
+    assert "warning: no checkpoint at step 12" in text and "checkpoint saved" not in text
+    assert "stopped at step 12, the last checkpoint is that of step 4" in text.splitlines()
+    config.write_text(clean)
+    here(config, "--resume", "--max_steps=12")
     assert whole(out)["step"] == 12
 
 
@@ -329,7 +333,8 @@ def test_a_full_disk(config, small_disk):
         while file.write(bytes(4096)):
             pass
     text += wait_for("warning: no checkpoint", process)
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 100
+    last = int(re.search(r"the last checkpoint is that of step (\d+), and", text)[1])
+    assert last >= 100 and torch.load(out / "ckpt.pt", weights_only=True)["step"] == last
     ballast.unlink()
     status, rest = end(process)
     assert status == 0, text + rest
@@ -338,72 +343,185 @@ def test_a_full_disk(config, small_disk):
     assert [r["step"] for r in log(out) if r["kind"] == "train"] == list(range(1, 401))  # nothing is missing
 
 
-def test_no_room_for_shards(tmp_path):
-    source = tmp_path / "text.txt"
-    source.write_text("All work and no play. " * 20000)
-    line = [sys.executable, ROOT / "prepare_data.py", source, "--tokenizer=bytes", f"--out={tmp_path}/out"]
-    line += ["--shard_tokens=100000"]
-    failed = subprocess.run(line, capture_output=True, text=True, preexec_fn=small_files(150_000))
-    assert failed.returncode == 2 and failed.stderr.splitlines()[-1].startswith("error: "), failed.stderr
-    assert "File too large" in failed.stderr and not list((tmp_path / "out").glob("*.tmp.bin"))
-    subprocess.run(line, check=True, capture_output=True)
-    fresh = [*line[:-2], f"--out={tmp_path}/fresh/out", line[-1]]
-    subprocess.run(fresh, check=True, capture_output=True)
-    shards = sorted((tmp_path / "out").glob("*.bin"))
-    assert len(shards) > 3
-    for shard in shards:
-        assert shard.read_bytes() == (tmp_path / "fresh" / "out" / shard.name).read_bytes()
-
-
 # ------------------------------------------------------------------------------------------------ damaged files
 
 
 def test_the_checkpoint_before_is_offered(config, tmp_path, capsys):
     out = tmp_path / "out" / "tiny"
-    run(config, "--keep_checkpoints=2")
+    here(config, "--keep_checkpoints=3")
+    names = sorted(path.name for path in out.glob("ckpt*"))
+    assert names == ["ckpt.pt", "ckpt_00000004.pt", "ckpt_00000008.pt", "ckpt_00000012.pt"]
+    assert [torch.load(out / name, weights_only=True)["step"] for name in names] == [12, 4, 8, 12]
+    assert (out / "ckpt.pt").samefile(out / "ckpt_00000012.pt")  # no more room than three
     damaged = bytearray((out / "ckpt.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (out / "ckpt.pt").write_bytes(damaged)  # and so ckpt_00000012.pt, which is the same file
-    message = error(capsys, config, "--resume", "--keep_checkpoints=2")
+    message = error(capsys, config, "--resume")
     assert f"cp {out}/ckpt_00000008.pt {out}/ckpt.pt" in message
     (out / "ckpt.pt").unlink()
     shutil.copy(out / "ckpt_00000008.pt", out / "ckpt.pt")
-    assert "resuming" in run(config, "--resume", "--keep_checkpoints=2")
-    assert whole(out)["step"] == 12
+    assert "resuming" in here(config, "--resume", "--keep_checkpoints=2")
+    assert whole(out)["step"] == 12 and not (out / "ckpt_00000004.pt").exists()
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(config, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_read(config, tmp_path, capsys):
+    """Damaged, foreign, of another version, or made to run code."""
+
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
-    out = tmp_path / "out" / "tiny"
-    run(config, "--max_steps=8")
-    state = torch.load(out / "ckpt.pt", weights_only=True)
-    torch.save(state | {"extra": Evil()}, out / "ckpt.pt")
-    assert "ckpt.pt cannot be read" in error(capsys, config, "--resume")
-    (out / "ckpt.pt").write_bytes(pickle.dumps(Evil()))
-    assert "ckpt.pt cannot be read" in error(capsys, config, "--resume")
-    assert not (tmp_path / "executed").exists()
+    here(config, "--max_steps=8")
+    out, path = tmp_path / "out" / "tiny", tmp_path / "out" / "tiny" / "ckpt.pt"
+    good, state, before = path.read_bytes(), torch.load(path, weights_only=True), log(out)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for bad in (good[:1000], b"", bytes(flipped), pickle.dumps(Evil())):
+        path.write_bytes(bad)
+        assert "ckpt.pt cannot be read" in error(capsys, config, "--resume")
+    older = [state | {"version": version} for version in (None, state["version"] - 1)]
+    for foreign in ({}, [1], {"model": {}, "step": 3}, state | {"extra": Evil()}, *older):
+        torch.save(foreign, path)
+        message = error(capsys, config, "--resume")
+        assert "ckpt.pt cannot be read" in message and ("version" in message or foreign not in older)
+    assert not (tmp_path / "executed").exists() and log(out) == before
 
 
-def test_data_that_changed_under_a_run(config, tmp_path, corpus, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(corpus, data)
-    run(config, "--max_steps=8", f"--data={data}")
-    meta = json.loads((data / "meta.json").read_text())
-    (data / "meta.json").write_text(json.dumps(meta | {"tokenizer": "gpt2"}))
-    message = error(capsys, config, "--resume", "--max_steps=12", f"--data={data}")
-    assert "has changed since the run began: tokenizer were bytes, now gpt2" in message
-    (data / "meta.json").unlink()
-    assert "has changed since" in error(capsys, config, "--resume", "--max_steps=12", f"--data={data}")
-    (data / "meta.json").write_text(json.dumps(meta | {"vocab_size": 100_000}))
-    fresh = [config, f"--out={tmp_path}/fresh", f"--data={data}", "--vocab_size=100000"]
-    assert "tells of another tokenizer" in error(capsys, *fresh)
-    shard = next(data.glob("*_train_*.bin"))
-    shard.write_bytes(shard_header(np.dtype("<u2"), 3000) + shard.read_bytes()[1024:7024])
-    (data / "meta.json").unlink()
-    assert "has changed since" in error(capsys, config, "--resume", "--max_steps=12", f"--data={data}")
+def test_one_process_per_node_checks_the_checksums(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checked.append(file))
+    save_checkpoint(tmp_path, {"step": 3})
+    for rank in range(4):
+        monkeypatch.setattr("run.LOCAL_RANK", rank)
+        assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    assert len(checked) == 1
+
+
+# ------------------------------------------------------------------------------------------------ what has changed
+
+
+@pytest.fixture
+def stopped(config, tmp_path):
+    """stopped(*options): the folder of a finished run; tmp_path/out/tiny becomes the same run, stopped at step 8."""
+
+    def make(*options):
+        finished, out = tmp_path / "whole", tmp_path / "out" / "tiny"
+        if not finished.exists():
+            here(config, *options, f"--out={finished}", "--keep_checkpoints=2")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(finished, out)
+        (out / "ckpt_00000008.pt").replace(out / "ckpt.pt")
+        return finished
+
+    return make
+
+
+def test_data_that_changed_under_a_run(config, tmp_path, corpus, stopped, capsys, monkeypatch):
+    first, out = tmp_path / "data", tmp_path / "out" / "tiny"
+    shutil.copytree(corpus, first)
+    tokens = {split: np.fromfile(next(corpus.glob(f"*_{split}_*")), "<u2", offset=1024) for split in ("train", "val")}
+    finished = stopped(f"--data={first}")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refused(message, split="", shards=(), tokenizer="bytes"):
+        """The same data with other shards of a split, or another tokenizer or none, are refused with this message."""
+        shutil.copytree(first, tmp_path / "changed")
+        for path in (tmp_path / "changed").glob(f"*_{split}_*"):
+            path.unlink()
+        for number, shard in enumerate(shards):
+            header = data.shard_header(np.dtype("<u2"), len(shard))
+            (tmp_path / "changed" / f"x_{split}_{number:06d}.bin").write_bytes(header + shard.tobytes())
+        meta = json.loads((first / "meta.json").read_text()) | {"tokenizer": tokenizer}
+        (tmp_path / "changed" / "meta.json").write_text(json.dumps(meta))
+        if not tokenizer:
+            (tmp_path / "changed" / "meta.json").unlink()
+        text = error(capsys, config, "--resume", f"--data={tmp_path}/changed")
+        assert f"the data have changed since the run began ({message} of" in text
+        shutil.rmtree(tmp_path / "changed")
+
+    refused("tokenizer", tokenizer="gpt2")
+    refused("tokenizer", tokenizer=None)
+    refused("training shards", "train", [tokens["train"][:6000], tokens["train"][6000:]])
+    refused("training shards", "train", [tokens["train"][::-1]])
+    refused("validation shards", "val", [tokens["val"][::-1]])
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "ORDER_VERSION", data.ORDER_VERSION + 1)
+        refused("order of batches")
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+    first.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "moved", "./moved"):
+        stopped()
+        assert "resuming" in here(config, "--resume", f"--data={folder}")
+        assert_same(out, finished)
+
+
+DERIVED = """
+from functools import partial
+from activations import Activation
+from xielu import Integral, fused
+beta = 0.5
+def value(x, alpha):
+    return (alpha * x + beta) * x
+def partials(x, alpha):
+    return 2 * alpha * x + beta, x * x
+ACTIVATION = Activation("α·x² + βx", partial(Integral, fused(value, partials), {"alpha": (0.8, 0.0)}))
+"""
+
+
+def test_an_activation_that_changed_under_a_run(config, tmp_path, stopped, capsys, monkeypatch):
+    path, evaluate = tmp_path / "square.py", train.evaluate
+    path.write_text(DERIVED)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would hide a change within a second
+
+    def edited_meanwhile(*arguments):
+        path.write_text(DERIVED.replace("2 * alpha", "3 * alpha"))
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:  # what counts is the code that the run began with
+        patch.setattr(train, "evaluate", edited_meanwhile)
+        finished = stopped(f"--activation={path}")
+    for old, new, message in [
+        ("2 * alpha", "3 * alpha", "has changed since the run began (partials)"),
+        ("alpha * x + beta) * x", "alpha * x - beta) * x", "has changed since the run began (value)"),
+        ("beta = 0.5", "beta = 0.6", "has changed since the run began (beta)"),
+        ("(0.8, 0.0)", "(0.8, 0.1)", "has changed since the run began (bounds)"),
+        ("α·x² + βx", "α·x² + x/2", "has changed since the run began (it was α·x² + βx, now α·x² + x/2)"),
+        ("    return 2", '    """f′, ∂f/∂α"""\n    # twice\n    return 2', ""),
+    ]:
+        path.write_text(DERIVED.replace(old, new))
+        load_derived.cache_clear()  # as in another process
+        assert not message or message in error(capsys, config, "--resume")
+    here(config, "--resume")
+    assert_same(tmp_path / "out" / "tiny", finished)
+
+
+def test_the_source_of_an_activation(tmp_path):
+    """It is the code and the constants that compute it, wherever they are, and nothing else."""
+    source = {name: own_source(get_activation(name).module()) for name in ("xielu", "xiprelu", "xiep", "relu2", "relu")}
+    assert {"XIELU", "xielu_fused", "value", "partials", "exp_remainder", "CUT", "DEGREE"} <= source["xielu"].keys()
+    assert {"xiprelu_value", "xiprelu_partials", "bounds"} <= source["xiprelu"].keys()
+    assert not {"value", "partials", "CUT", "COMPILE"} & source["xiprelu"].keys()  # another row of the table
+    assert {"xiep_value", "xiep_partials", "value", "partials"} <= source["xiep"].keys()
+    assert source["relu2"].keys() == {"ReLUSquared"} and not source["relu"]
+
+    path, text = tmp_path / "copy.py", (ROOT / "xielu.py").read_text()
+    text += "\nfrom activations import Activation\nACTIVATION = Activation('', XIELU)\n"
+    for old, new, changed in [
+        ("COMPILE = True", "COMPILE = False", []),
+        ("def xielu_reference(", "def renamed(", []),
+        ('"""f(x), in at least float32."""', '"""So."""  # so', []),
+        ("CUT = 0.5", "CUT = 0.25", ["CUT"]),
+        ("float32: 8", "float32: 9", ["DEGREE"]),
+        ("math.log2(math.e)", "1.44", ["exp_terms"]),
+    ]:
+        assert old in text
+        path.write_text(text.replace(old, new))
+        load_derived.cache_clear()
+        copied = own_source(get_activation(str(path)).module())
+        assert copied.keys() == source["xielu"].keys()
+        assert [name for name in copied if copied[name] != source["xielu"][name]] == changed
 
 
 # ------------------------------------------------------------------------------------------------ two runs, one folder
@@ -417,48 +535,8 @@ def test_two_runs_in_one_folder(config, tmp_path, capsys):
         assert f"another process writes to {out}" in error(capsys, config, *options)
     process.kill()
     end(process)
-    assert "resuming" in run(config, "--resume", "--max_steps=100")  # the lock died with its owner
-
-
-def test_two_preparations_in_one_folder(tmp_path):
-    line = [sys.executable, ROOT / "prepare_data.py", "stdlib", f"--out={tmp_path}/out"]
-    first = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not (tmp_path / "out" / "meta.json.tmp").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    second = subprocess.run(line, capture_output=True, text=True)
-    assert second.returncode == 2 and "another process writes to" in second.stderr, second.stderr
-    first.kill()
-    first.wait()
-
-
-# ------------------------------------------------------------------------------------------------ preparing
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_prepare_data_killed_at_random_moments(tmp_path, kills):
-    """What a rerun writes is byte for byte what an uninterrupted one does."""
-    source = tmp_path / "text.jsonl"
-    lines = random.Random(0)
-    source.write_text("".join(json.dumps({"text": "x" * lines.randint(0, 300)}) + "\n" for _ in range(40_000)))
-    line = [sys.executable, str(ROOT / "prepare_data.py"), str(source), "--tokenizer=bytes", "--shard_tokens=200000"]
-    subprocess.run([*line, f"--out={tmp_path}/whole/out"], check=True, capture_output=True)
-    rng = random.Random(kills)
-    out = tmp_path / "out"
-    for _ in range(kills):
-        process = subprocess.Popen([*line, f"--out={out}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (out / "meta.json.tmp").exists() and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.3)
-        process.kill()
-        process.wait()
-    subprocess.run([*line, f"--out={out}"], check=True, capture_output=True)
-    for folder in (out, tmp_path / "whole" / "out"):
-        (folder / "lock").unlink(missing_ok=True)
-    names = sorted(path.name for path in out.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "whole" / "out").iterdir()) and len(names) > 5
-    for name in names:
-        assert (out / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
+    steps = torch.load(out / "ckpt.pt", weights_only=True)["step"] + 4
+    assert "resuming" in here(config, "--resume", f"--max_steps={steps}")  # the lock died with its owner
 
 
 # ------------------------------------------------------------------------------------------------ soak
@@ -483,9 +561,8 @@ def test_soak(config, tmp_path):
     assert status == 143
     speeds = [record["tokens_per_s"] for record in map(json.loads, open(out / "log.jsonl")) if "tokens_per_s" in record]
     third = len(memory) // 3
-    print(f"memory {memory[third]:.0f} → {memory[-1]:.0f} MiB; speed by thirds", end=" ")
     parts = np.array_split(np.array(speeds[1:]), 3)
-    print([round(float(np.median(part))) for part in parts])
+    print(f"memory {memory[third]:.0f} → {memory[-1]:.0f} MiB; speeds {[round(float(np.median(p))) for p in parts]}")
     assert max(memory[third:]) < 1.05 * min(memory[third:])
     assert np.median(parts[2]) > 0.8 * np.median(parts[1])
     assert (out / "log.jsonl").stat().st_size < 400 * len(speeds)

@@ -1,6 +1,5 @@
-"""prepare_data.py fineweb-edu: the real client of Hugging Face, against a server of our own."""
+"""prepare_data.py fineweb-edu: the real client of Hugging Face, against a local server."""
 
-import json
 import os
 import random
 import subprocess
@@ -14,14 +13,14 @@ from data import find_shards, read_meta
 from hub import SHA, Hub, write_dataset
 from runs import ROOT
 
-# The same program with small batches, and without the patience that a real network needs
+# The same program with small batches, and with short waits instead of those that a real network needs
 QUICK = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
-import prepare_data
-prepare_data.PIECE = 5_000
+import prepare_data, sources
+sources.PIECE = 5_000
 sys.exit(prepare_data.main(sys.argv[1:]))
 """
 RNG = random.Random(0)
@@ -63,7 +62,7 @@ def files(out):
 
 @pytest.fixture(scope="module")
 def whole(repository, tmp_path_factory):
-    """What a run leaves that met no trouble: {name: bytes}."""
+    """What a run without trouble leaves: {name: bytes}."""
     out = tmp_path_factory.mktemp("whole") / "out"
     hub = Hub(repository)
     prepare(hub, out)
@@ -79,39 +78,45 @@ def test_the_complete_path(hub, whole, tmp_path):
     tokens = np.concatenate([shard.read(0, shard.tokens) for shard in shards])
     expected = b"".join(b"\xff" + text.encode() for text in DOCUMENTS)[:350_000]  # 0xff is in no UTF-8
     assert bytes(np.where(tokens == 256, 255, tokens).astype(np.uint8)) == expected
-    assert read_meta(tmp_path / "out")["source"] == "HuggingFaceFW/fineweb-edu sample-10BT"
+    meta = read_meta(tmp_path / "out")
+    assert meta["source"] == "HuggingFaceFW/fineweb-edu sample-10BT" and meta["settings"]["tokens"] == 350_000
+    assert [meta["splits"][split]["tokens"] for split in ("val", "train")] == [10_000, 340_000]
     assert not any("CC-MAIN" in request and "resolve" in request for request in hub.requests)
     assert all(SHA in request for request in hub.requests if "resolve" in request)
 
 
-@pytest.mark.parametrize(
-    "faults",
-    [
-        [("GET /api", 503, 3)],
-        pytest.param([(f"HEAD .*{SHA}", 503, 1), (SECOND, 503, 2)], marks=pytest.mark.slow),
-        [("/tree", "drop", 1), (FIRST, "drop", 2)],
-        [(SECOND, "cut", 2), (THIRD, "cut", 1)],
-        [(THIRD, "drop", 40)],  # more than the client itself is ready for
-        pytest.param([("GET /api", 429, 2), (SECOND, 429, 2)], marks=pytest.mark.slow),
-        [("README.md", 503, 8)],  # which the client tells of as of a file that is not there
-    ],
-    ids=["503 for data about it", "503", "drop", "cut", "drops", "429", "503 for the description"],
-)
-def test_trouble_that_heals(hub, whole, tmp_path, faults):
-    hub.faults = list(faults)
+TROUBLE = {
+    "503 for data about it": [("GET /api", 503, 3)],
+    "503": [(f"HEAD .*{SHA}", 503, 1), (SECOND, 503, 2)],
+    "drop": [("/tree", "drop", 1), (FIRST, "drop", 2)],
+    "cut": [(SECOND, "cut", 2), (THIRD, "cut", 1)],
+    "drops": [(THIRD, "drop", 40)],  # more than the client itself tries again
+    "429": [("GET /api", 429, 2), (SECOND, 429, 2)],
+    "503 for the description": [("README.md", 503, 8)],  # which the client reports as a missing file
+}
+SLOW = ("503", "429")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TROUBLE])
+def test_trouble_that_heals(hub, whole, tmp_path, name):
+    hub.faults = list(TROUBLE[name])
     prepare(hub, tmp_path / "out")
     assert all(left == 0 for _, _, left in hub.faults)  # it was met
     assert files(tmp_path / "out") == whole
 
 
 def test_trouble_that_stays_and_a_second_start(hub, whole, tmp_path):
-    """One line, and what is written stays; the second start asks for nothing that it has no more need of."""
+    """One line, and complete shards stay; the second start requests only what it still needs."""
     out = tmp_path / "out"
     hub.faults = [(THIRD, 503, 10**6)]
     _, stderr = prepare(hub, out, status=2)
     assert stderr.count("error: ") == 1 and "FineWeb-Edu (sample-10BT) could not be read" in stderr
     written = {name: content for name, content in files(out).items() if name.endswith(".bin")}
     assert len(written) >= 7 and all(whole[name] == content for name, content in written.items())
+
+    before = files(out)
+    _, stderr = prepare(hub, out, "--val_tokens=20000", status=2)
+    assert "holds unfinished data of other settings" in stderr and files(out) == before
 
     hub.faults, hub.requests = [], []
     stdout, _ = prepare(hub, out)
@@ -134,17 +139,13 @@ def test_killed_at_random_moments(hub, whole, tmp_path, kills):
     assert files(out) == whole
 
 
-def test_a_part_that_cannot_be_gone_on_with(hub, whole, tmp_path):
-    out = tmp_path / "out"
+def test_a_damaged_shard_has_all_of_them_made_again(hub, whole, tmp_path):
     hub.faults = [(THIRD, 404, 10**6)]
-    prepare(hub, out, status=2)
-    before = files(out)
-    _, stderr = prepare(hub, out, "--val_tokens=20000", status=2)
-    assert "holds a part of data prepared otherwise" in stderr and files(out) == before
-    (out / "out_train_000001.bin").write_bytes(b"damaged")
+    prepare(hub, tmp_path / "out", status=2)
+    (tmp_path / "out" / "out_train_000001.bin").write_bytes(b"damaged")
     hub.faults = []
-    stdout, _ = prepare(hub, out)
-    assert "going on" not in stdout and files(out) == whole
+    stdout, _ = prepare(hub, tmp_path / "out")
+    assert "starting over" in stdout and files(tmp_path / "out") == whole
 
 
 def test_what_is_not_there(hub, tmp_path):
@@ -160,9 +161,3 @@ def test_what_is_not_there(hub, tmp_path):
         line = stderr.splitlines()[-1]
         assert line.startswith("error: ") and message in line, stderr
         assert not list((tmp_path / "out").glob("*.bin"))
-
-
-def test_meta_tells_of_the_settings(whole):
-    meta = json.loads(whole["meta.json"])
-    assert meta["settings"]["tokens"] == 350_000 and meta["splits"]["val"]["tokens"] == 10_000
-    assert meta["splits"]["train"]["tokens"] == 340_000

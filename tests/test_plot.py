@@ -1,13 +1,10 @@
 """tools/plot.py: the figures show what the logs and the formulas say."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from activations import ACTIVATIONS, Activation
-from data import UserError
 from tools import plot
 
 
@@ -77,7 +74,7 @@ def test_runs_that_have_no_validation_in_common_or_diverged(fake_run, figures):
     assert all(map(np.isfinite, right.get_ylim()))
 
 
-def test_a_module_with_an_alpha_that_is_no_parameter(figures, monkeypatch):
+def test_a_module_with_an_alpha_that_is_not_a_parameter(figures, monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "elu", Activation("eˣ − 1 below 0", torch.nn.ELU))
     plot.draw_activations(None)
     assert "elu" in [axis.get_title() for axis in figures[0].axes]
@@ -97,34 +94,36 @@ def test_scalars(fake_run, figures):
 
 
 def test_scalars_of_a_run_that_has_only_begun(fake_run, figures):
-    folder, _ = fake_run("xsilu", 1, [5.0], {"alpha": [[0.0, 0.0]]})
+    folder, _ = fake_run("xsilu", 1, [5.0, 3.0], {"alpha": [[0.0, 0.0], [0.1, 0.1]]})
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
     plot.draw_scalars([folder], None)
     assert figures[0].axes[0].get_xlabel() == "tokens"
 
 
 def test_every_activation_is_drawn_with_its_gradient(figures):
     plot.draw_activations(None)
-    axes = figures[0].axes
-    assert [axis.get_title() for axis in axes[: len(ACTIVATIONS)]] == list(ACTIVATIONS)
-    for axis in axes[: len(ACTIVATIONS)]:
+    names = [name for name in ACTIVATIONS if name not in ("xielu_reference", "xielu_inverted")]  # drawn as xielu
+    axes = dict(zip(names, figures[0].axes))
+    for name, axis in axes.items():
+        assert axis.get_title() == name
         drawn = curves(axis)
         x, value = drawn["activation"].T
         # the drawn gradient is the slope of the drawn activation, away from a kink
         slope = np.gradient(value, x)
         away = np.abs(x) > 0.02
-        assert np.allclose(slope[away][1:-1], drawn["gradient"][away][1:-1, 1], atol=2e-3), axis.get_title()
-    assert axes[list(ACTIVATIONS).index("swiglu")].texts[0].get_text() == "y = 1"
-    assert axes[list(ACTIVATIONS).index("xsilu")].texts[0].get_text() == "α = 0.25"
+        assert np.allclose(slope[away][1:-1], drawn["gradient"][away][1:-1, 1], atol=2e-3), name
+    assert not any(axis.get_title() for axis in figures[0].axes[len(names) :])
+    assert axes["swiglu"].texts[0].get_text() == "y = 1"
+    assert axes["xsilu"].texts[0].get_text() == "α = 0.25"
 
 
 def test_xielu_is_drawn_by_its_formula(figures):
     plot.draw_xielu(None)
-    value, gradient = figures[0].axes
-    x, y = curves(value)["αp = 0.8, αn = 0.8 (start)"].T
-    expected = np.where(x > 0, 0.8 * x**2 + 0.5 * x, 0.8 * (np.expm1(x) - x) + 0.5 * x)
-    assert np.allclose(y, expected, atol=1e-6)
-    x, y = curves(gradient)["αp = 0.8, αn = 0.8 (start)"].T
-    assert np.allclose(y, np.where(x > 0, 1.6 * x + 0.5, 0.8 * np.expm1(x) + 0.5), atol=1e-6)
+    x, value = curves(figures[0].axes[0])["αp = 0.8, αn = 0.8 (start)"].T
+    assert np.allclose(value, np.where(x > 0, 0.8 * x**2, 0.8 * (np.expm1(x) - x)) + 0.5 * x, atol=1e-6)
+    x, gradient = curves(figures[0].axes[1])["αp = 0.8, αn = 0.8 (start)"].T
+    assert np.allclose(gradient, np.where(x > 0, 1.6 * x, 0.8 * np.expm1(x)) + 0.5, atol=1e-6)
 
 
 def test_figures_are_written(fake_run, tmp_path, capsys):
@@ -143,33 +142,30 @@ def test_the_same_figure_twice_is_the_same_file(tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
-def test_mistakes(fake_run, tmp_path, capsys):
-    (relu2, _), (xielu, _) = fake_run("relu2", 1, [5.0, 3.0, 2.0]), fake_run("xielu", 1, [5.0, 3.0])
-    (again, _) = fake_run("relu2", 1, [5.0, 3.0, 2.0], folder="again")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text(json.dumps([]))
-    for arguments, message in [
-        ([], "say what to draw"),
-        (["losses"], "one of loss, scalars"),
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: figure"),
+        (["losses"], "invalid choice: 'losses' (choose from"),
         (["loss"], "give the folders of runs"),
-        (["loss", tmp_path / "nothing"], "no folder of a run"),
-        (["loss", tmp_path / "broken"], "no folder of a run"),
-        (["loss", relu2, again], "is there twice"),
-        (["loss", xielu], "too few validations"),
-        (["scalars", relu2], "no trained scalars"),
-        (["scalars", relu2, xielu], "differ by their seed alone"),
-        (["xielu", relu2], "is not understood"),
-        (["loss", relu2, "--out=figure.pdf"], "is not understood"),
-    ]:
-        assert plot.main(list(map(str, arguments))) == 2
-        stderr = capsys.readouterr().err
-        assert message in stderr and stderr.count("\n") == 1, stderr
-
-
-def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        plot.new_figure(1, 1, 4, 4)
+        (["loss", "nothing"], "nothing is not the folder of a run"),
+        (["loss", "relu2-seed=1", "again"], "relu2 with seed 1 is given twice"),
+        (["loss", "xielu-seed=1"], "too few validations"),
+        (["scalars", "relu2-seed=1"], "no trained scalars"),
+        (["scalars", "relu2-seed=1", "xielu-seed=1"], "differ only in their seed"),
+        (["xielu", "relu2-seed=1"], "is not drawn from runs"),
+        (["loss", "relu2-seed=1", "--out=figure.pdf"], "--out=figure.pdf is not the name of a .png file"),
+        (["loss", "relu2-seed=1", "--size=3"], "unrecognized arguments: --size=3"),
+    ],
+)
+def test_mistakes(fake_run, tmp_path, monkeypatch, capsys, arguments, message):
+    fake_run("relu2", 1, [5.0, 3.0, 2.0])
+    fake_run("relu2", 1, [5.0, 3.0, 2.0], folder="again")
+    fake_run("xielu", 1, [5.0, 3.0])
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1, stderr
 
 
 def test_value_and_gradient_of_a_gated_one():

@@ -1,14 +1,17 @@
-"""prepare_data.py as a process: text in, shards out."""
+"""prepare_data.py: text in, shards out, whatever interrupts it."""
 
 import collections
 import gzip
 import json
 import os
 import random
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +20,37 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare_data
-from data import UserError, find_shards, get_tokenizer, read_meta
-from runs import ODD_TEXTS
+import sources
+from command import UserError
+from data import find_shards, read_meta
+from runs import ODD_TEXTS, ROOT
+from tokenizer import get_tokenizer
 
-ROOT = Path(__file__).parent.parent
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
 
 
-def run(*arguments, status=0, **environment):
-    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert result.returncode == status, result.stderr
-    assert "Traceback" not in result.stderr
+def run(*arguments, status=0, **options):
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, **options)
+    assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
     return result
 
 
-def error(*arguments, **environment):
-    """The one line that a mistake gets."""
-    lines = [line for line in run(*arguments, status=2, **environment).stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
+def main(*arguments):
+    return prepare_data.main([str(argument) for argument in arguments])
+
+
+def limited(what, most):
+    """For preexec_fn: a function that limits a resource."""
+    return lambda: resource.setrlimit(what, (most, most))
+
+
+def error(capsys, *arguments):
+    """The one line that a mistake gets, in this process."""
+    assert main(*arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
 
 
 def tokens(folder):
@@ -45,11 +60,23 @@ def tokens(folder):
     ]
 
 
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
+def contents(folder, pattern="*"):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
+
+
+def tokenizer_or_skip(name):
+    try:
+        return get_tokenizer(name)
+    except UserError:
+        pytest.skip(f"the tokenizer {name} is not here: set TIKTOKEN_CACHE_DIR")
 
 
 DOCUMENTS = [f"document {k}: " + "hello wörld 🙂\r\n" * (k % 7) for k in range(200)] + ["", "<|endoftext|> is text"]
+
+
+def write_jsonl(path, documents=DOCUMENTS):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
 
 
 def stream_of(documents):
@@ -58,50 +85,54 @@ def stream_of(documents):
 
 @pytest.fixture
 def jsonl(tmp_path):
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
-    return path
+    return write_jsonl(tmp_path / "corpus.jsonl")
 
 
-def test_split_counts_and_names(jsonl, tmp_path):
+# ------------------------------------------------------------------------------------------------ text in, shards out
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_split_counts_and_names(jsonl, tmp_path, monkeypatch, capsys, workers):
+    """The same for any number of workers, with many batches and documents that are cut."""
+    monkeypatch.setattr(sources, "PIECE", 700)
+    monkeypatch.setattr(prepare_data, "PIECE", 50)
     out = tmp_path / "mine"
-    run(jsonl, f"--out={out}", "--tokenizer=bytes", "--val_tokens=1e3", "--shard_tokens=5_000")
+    sizes = ["--val_tokens=1e3", "--shard_tokens=5_000", f"--workers={workers}"]
+    assert main(jsonl, f"--out={out}", "--tokenizer=bytes", *sizes) == 0
     val, train = tokens(out)
     stream = stream_of(DOCUMENTS)
     assert val == stream[:1000] and train == stream[1000:]
     count = -(-(len(stream) - 1000) // 5000)
     names = ["mine_val_000000.bin"] + [f"mine_train_{k:06d}.bin" for k in range(1, count + 1)]
-    assert sorted(shards(out)) == sorted(names)
-    assert sorted(p.name for p in out.iterdir()) == sorted([*names, "lock", "meta.json"])
+    assert sorted(contents(out)) == sorted([*names, "lock", "meta.json"])
     meta = read_meta(out)
     assert meta["vocab_size"] == 257 and meta["tokenizer"] == "bytes" and meta["source"] == str(jsonl)
     for split, part in (("val", val), ("train", train)):
         documents = part.count(256)
         assert meta["splits"][split] == {"tokens": len(part), "bytes": len(part) - documents, "documents": documents}
+    printed = capsys.readouterr()
+    assert "tok/s" in printed.err and f"train: {len(train):,} tokens" in printed.out
 
 
 def test_every_kind_of_file(jsonl, tmp_path):
-    folder = tmp_path / "texts"
+    folder, out = tmp_path / "texts", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
-    (folder / "a.txt").write_bytes("first\r\ntext ü".encode())
-    with gzip.open(folder / "deep" / "b.txt.gz", "wb") as file:
-        file.write(b"second text" * 100)
-    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
-        file.write('{"text": "third"}\n')
+    (folder / "a.txt").write_bytes("\ufefffirst\r\ntext ü".encode())
+    (folder / "deep" / "b.txt.gz").write_bytes(gzip.compress(b"second text" * 100))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "third"}\n'))
     (folder / "d.jsonl.zst").write_bytes(pa.compress(b'{"text": "fourth"}\n', "zstd", asbytes=True))
     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["fifth", None, "sixth"]}), folder / "e.parquet")
     (folder / "notes.md").write_text("left out")
     expected = ["first\r\ntext ü", "third", "fourth", "second text" * 100, "fifth", "sixth"]
-    out = tmp_path / "out"
     result = run(folder, f"--out={out}", "--tokenizer=bytes", "--val_tokens=20")
     assert sum(tokens(out), []) == stream_of(expected)
-    assert "skipped 1 parquet rows without a text" in result.stderr
+    assert f"skipped parquet rows without a text: 1 ({folder}/e.parquet)\n" in result.stderr
     run(f"{folder}/**/*.txt*", f"--out={out}2", "--tokenizer=bytes", "--val_tokens=20")
     assert sum(tokens(tmp_path / "out2"), []) == stream_of([expected[0], expected[3]])
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path):
-    folder = tmp_path / "texts"
+    folder, out = tmp_path / "texts", tmp_path / "out"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(b'{"text": "good"}\n\nnot json\n{"text": 3}\n[]\n{"text": "\\ud800!"}\r\n{"tex')
     (folder / "b.txt").write_bytes(b"bad \xff utf-8 \0 and NUL")
@@ -111,271 +142,309 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     pq.write_table(pa.table({"text": [1, 2]}), folder / "g.parquet")
     (folder / "f.txt").write_text("the end")
     (folder / "h.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read
-    out = tmp_path / "out"
+    write_jsonl(folder / "i.jsonl", [0] * 12)
     stderr = run(folder, f"--out={out}", "--tokenizer=bytes", "--val_tokens=5").stderr
     assert sum(tokens(out), []) == stream_of(["good", "?!", "bad \ufffd utf-8 \0 and NUL", "the end"])
-    lines = ", ".join(f"{folder}/a.jsonl:{number}" for number in (3, 4, 5, 7))
-    assert f'skipped 4 lines that are no JSON object with a "text": {lines}\n' in stderr
-    assert f'skipped 1 parquet files without a column "text": {folder}/e.parquet\n' in stderr
-    assert f"skipped 2 parquet rows without a text: {folder}/g.parquet" in stderr
-    assert f"skipped 1 unreadable files (ArrowInvalid): {folder}/c.parquet\n" in stderr
-    assert f"skipped 2 unreadable files (OSError): {folder}/d.txt.gz, {folder}/h.txt\n" in stderr
-    assert f"skipped 1 bytes that are no UTF-8, for which U+FFFD stands: {folder}/b.txt\n" in stderr
+    lines = [f"{folder}/a.jsonl:{number}" for number in (3, 4, 5, 7)]
+    lines += [f"{folder}/i.jsonl:{number}" for number in range(1, 7)]
+    assert f'skipped lines that are not a JSON object with a "text": 16 ({", ".join(lines)}, …)\n' in stderr
+    assert f'skipped parquet files without a column "text": 1 ({folder}/e.parquet)\n' in stderr
+    assert f"skipped parquet rows without a text: 2 ({folder}/g.parquet, {folder}/g.parquet)\n" in stderr
+    assert f"skipped unreadable files (ArrowInvalid): 1 ({folder}/c.parquet)\n" in stderr
+    assert f"skipped unreadable files (OSError): 2 ({folder}/d.txt.gz, {folder}/h.txt)\n" in stderr
+    assert f"U+FFFD replaces bytes that are not UTF-8 in texts: 1 ({folder}/b.txt)\n" in stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["one document of 100 MB", "ten million documents of one byte", "empty documents"])
-def test_extreme_documents(tmp_path, kind):
-    """In bounded memory: the 100 MB are a single line without a space."""
-    source = tmp_path / ("text.txt" if "100 MB" in kind else "text.jsonl")
-    with open(source, "wb") as file:
-        if "100 MB" in kind:
-            file.writelines([b"0123456789" * 10**5] * 100)
-        else:
-            text, count = (b"x", 10) if "one byte" in kind else (b"", 1)
-            for _ in range(count):
-                file.write((b'{"text": "' + text + b'"}\n') * 10**6)
-    command = [sys.executable, str(ROOT / "prepare_data.py"), str(source), "--tokenizer=bytes", f"--out={tmp_path}/out"]
-    assert subprocess.run(command, stderr=subprocess.PIPE, text=True).returncode == 0
-    meta = read_meta(tmp_path / "out")
-    together = {name: sum(meta["splits"][split][name] for split in ("val", "train")) for name in ("bytes", "documents")}
-    expected = {"100 MB": (10**8, 1), "one byte": (10**7, 10**7), "empty": (0, 10**6)}
-    assert (together["bytes"], together["documents"]) == next(v for name, v in expected.items() if name in kind)
+@pytest.mark.parametrize(
+    "name, line, times, size, documents",
+    [
+        ("one.txt", b"0123456789" * 10**5, 100, 10**8, 1),  # 100 MB without a space
+        ("short.jsonl", b'{"text": "x"}\n' * 10**6, 10, 10**7, 10**7),
+        ("empty.jsonl", b'{"text": ""}\n' * 10**6, 1, 0, 10**6),
+    ],
+)
+def test_extreme_documents(tmp_path, name, line, times, size, documents):
+    """In bounded memory."""
+    with open(tmp_path / name, "wb") as file:
+        file.writelines([line] * times)
+    run(tmp_path / name, "--tokenizer=bytes", f"--out={tmp_path}/out")
+    splits = read_meta(tmp_path / "out")["splits"].values()
+    assert [sum(split[key] for split in splits) for key in ("bytes", "documents")] == [size, documents]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.5 * 2**20  # KiB
 
 
-def test_result_is_the_same_for_any_number_of_workers(tmp_path):
-    random.seed(0)
-    text = "".join(
-        random.choice(["word ", "\n", "\n\n", "x1!\n/", "ünï🙂", "  ", "\t", "\r\n", "a"]) for _ in range(10**6)
-    )
-    (tmp_path / "long.txt").write_text(text, newline="")
-    results = []
-    for workers in (1, 3):
-        out = tmp_path / str(workers) / "same"
-        run(tmp_path / "long.txt", f"--out={out}", "--tokenizer=bytes", "--tokens=2e6", f"--workers={workers}")
-        results.append(shards(out))
-    assert results[0] == results[1]
-    assert sum(tokens(out), []) == stream_of([text])[: 2 * 10**6]
+def test_a_text_larger_than_memory(tmp_path):
+    with open(tmp_path / "large.txt", "wb") as file:
+        file.truncate(2**35)
+    line = [tmp_path / "large.txt", "--tokenizer=bytes", f"--out={tmp_path}/out"]
+    stderr = run(*line, status=2, preexec_fn=limited(resource.RLIMIT_AS, 2**34)).stderr
+    assert stderr.splitlines()[-1].startswith(f"error: a text in {tmp_path}/large.txt does not fit in memory")
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2", "cl100k_base"])
 def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tokenizer, monkeypatch):
-    try:
-        encoding = get_tokenizer(tokenizer)
-    except UserError:
-        pytest.skip(f"no {tokenizer} tokenizer here: set TIKTOKEN_CACHE_DIR")
+    encoding = tokenizer_or_skip(tokenizer)
     monkeypatch.setattr(prepare_data, "PIECE", 200)
     random.seed(1)
     text = "".join(random.choice(ODD_TEXTS) for _ in range(20_000)) + Path(__file__).read_text()
-    pieces = list(prepare_data.document(text, 0))
-    assert len(pieces) > 100 and "".join(piece.text for piece in pieces) == text
-    assert [piece.starts_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    joined = [token for piece in pieces for token in encoding.encode(piece.text, disallowed_special=())]
-    assert joined == encoding.encode(text, disallowed_special=())
-
-
-def test_a_text_without_a_place_to_cut_is_cut_anyway(monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE", 10)
-    pieces = [piece.text for piece in prepare_data.document("x" * 1005, 0)]
-    assert "".join(pieces) == "x" * 1005 and max(map(len, pieces)) == 80
+    pieces = list(prepare_data.cut(text))
+    assert len(pieces) > 100 and "".join(pieces) == text
+    position, joined = prepare_data.encode(encoding, (7, [text, "next"]))
+    whole = [[encoding.eot_token, *encoding.encode(part, disallowed_special=())] for part in (text, "next")]
+    assert position == 7 and joined.tolist() == sum(whole, [])
+    pieces = list(prepare_data.cut("x" * 20_000))  # with no place to cut
+    assert "".join(pieces) == "x" * 20_000 and max(map(len, pieces)) == 1600
 
 
 def test_wide_tokens(tmp_path):
-    try:
-        encoding = get_tokenizer("cl100k_base")
-    except UserError:
-        pytest.skip("no cl100k_base tokenizer here: set TIKTOKEN_CACHE_DIR")
-    (tmp_path / "a.txt").write_text("Übergrößenträger " * 200)
-    run(tmp_path / "a.txt", f"--out={tmp_path}/out", "--tokenizer=cl100k_base")
-    stream = [encoding.eot_token, *encoding.encode("Übergrößenträger " * 200)]
+    encoding = tokenizer_or_skip("cl100k_base")
+    text = "Übergrößenträger " * 200
+    (tmp_path / "a.txt").write_text(text)
+    assert main(tmp_path / "a.txt", f"--out={tmp_path}/out", "--tokenizer=cl100k_base") == 0
+    stream = [encoding.eot_token, *encoding.encode(text)]
     assert sum(tokens(tmp_path / "out"), []) == stream
     meta = read_meta(tmp_path / "out")
     assert meta["vocab_size"] == 100277 and meta["splits"]["val"]["tokens"] == len(stream) // 10
-    assert sum(meta["splits"][s]["bytes"] for s in ("val", "train")) == len(("Übergrößenträger " * 200).encode())
+    assert sum(meta["splits"][s]["bytes"] for s in ("val", "train")) == len(text.encode())
 
 
-def test_tokens_stops_and_val_defaults_to_a_tenth(jsonl, tmp_path):
-    run(jsonl, f"--out={tmp_path}/out", "--tokenizer=bytes", "--tokens=3000")
+@pytest.mark.parametrize("most, expected", [(10**6, 300), (200, 200)])
+def test_tokens_stops_and_val_defaults_to_a_tenth(jsonl, tmp_path, monkeypatch, most, expected):
+    monkeypatch.setattr(prepare_data, "MOST_VAL_TOKENS", most)
+    assert main(jsonl, f"--out={tmp_path}/out", "--tokenizer=bytes", "--tokens=3000") == 0
     val, train = tokens(tmp_path / "out")
-    assert len(val) == 300 and val + train == stream_of(DOCUMENTS)[:3000]
+    assert len(val) == expected and val + train == stream_of(DOCUMENTS)[:3000]
 
 
 def test_stdlib(tmp_path):
     run("stdlib", f"--out={tmp_path}/out", "--tokens=300000")
     val, train = tokens(tmp_path / "out")
     assert len(val) == 30_000 and len(train) == 270_000
-    names = [path.as_posix() for path in prepare_data.stdlib_files()]
+    names = [path.as_posix() for path in sources.stdlib_files()]
     assert names and not any("/test/" in name or "/site-packages/" in name for name in names)
-    assert names != sorted(names) and names == [path.as_posix() for path in prepare_data.stdlib_files()]
-    first = prepare_data.stdlib_files()[0].read_text("utf-8", "replace")
+    assert names != sorted(names) and names == [path.as_posix() for path in sources.stdlib_files()]
+    first = sources.stdlib_files()[0].read_text("utf-8", "replace")
     assert (val + train)[: len(first.encode()) + 1] == stream_of([first])[:300_000]
     assert "stdlib of Python" in read_meta(tmp_path / "out")["source"]
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(jsonl, tmp_path):
-    out = tmp_path / "out"
-    line = [jsonl, f"--out={out}", "--tokenizer=bytes"]
-    run(*line)
-    before = shards(out)
-    assert "complete already" in run(*line).stdout
-    moved = next(out.glob("*_train_*")).rename(tmp_path / "moved")
-    assert "no train shards" in error(*line)
-    moved.rename(out / "out_train_000001.bin")
-    assert "prepared otherwise" in error(*line, "--val_tokens=100")
-    (out / "meta.json").unlink()
-    assert "shards from elsewhere" in error(*line)
-    assert shards(out) == before
+# ------------------------------------------------------------------------------------------------ full folders
 
 
-@pytest.mark.parametrize("name", ["out", "o[1]", "*"])
-def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path, name):
-    whole, out = tmp_path / "a" / name, tmp_path / "b" / name
-    run(jsonl, f"--out={whole}", "--tokenizer=bytes", "--shard_tokens=1000")
-    out.mkdir(parents=True)
-    (out / "meta.json.tmp").write_text("{")
-    (out / f"{name}_train_000099.bin").write_bytes(b"left over")
-    (out / f"{name}_train_000100.tmp").write_bytes(b"left over")
-    (out / "my_train_notes.tmp").write_bytes(b"not ours")
-    run(jsonl, f"--out={out}", "--tokenizer=bytes", "--shard_tokens=1000")
-    assert (out / "my_train_notes.tmp").exists()
-    assert shards(out) == shards(whole) and len(list(out.iterdir())) == len(list(whole.iterdir())) + 1
+SMALL = ["--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500", "--workers=2"]
 
 
-def test_room_is_looked_at_first(jsonl, tmp_path, monkeypatch, capsys):
-    free = collections.namedtuple("usage", "free")
-    line = [str(jsonl), f"--out={tmp_path}/out", "--tokenizer=bytes", "--tokens=15000"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(29_999))
-    assert prepare_data.main(line) == 2
-    assert "needs 0.0 GB for 15,000 tokens" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.bin"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(30_000))
-    assert prepare_data.main(line) == 0
+class Killed(BaseException):
+    """What ends a process at a call to the disk."""
 
 
-def stop_after(shards, monkeypatch, *line):
-    """Start prepare_data, and interrupt it after so many shards; its exit status."""
-    write_shard, written = prepare_data.write_shard, []
+def killed_at(number, monkeypatch, *line):
+    """Start, and stop at call `number` to the disk, before it is done; whether there were so many calls."""
+    left = iter(range(number))
 
-    def write_or_stop(path, *arguments):
-        if len(written) == shards:
-            raise KeyboardInterrupt
-        written.append(path)
-        return write_shard(path, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "write_shard", write_or_stop)
-        return prepare_data.main([str(argument) for argument in line])
-
-
-def test_a_second_start_goes_on(jsonl, tmp_path, monkeypatch, capsys):
-    """Stopped after any number of whole shards, also within a batch, it ends with the bytes of a run never stopped."""
-    monkeypatch.setattr(prepare_data, "PIECE", 700)
-    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500", "--workers=2"]
-    assert stop_after(99, monkeypatch, *line, f"--out={tmp_path}/whole/out") == 0
-    whole = shards(tmp_path / "whole" / "out")
-    assert len(whole) > 8
-    for number in range(len(whole)):
-        out = tmp_path / str(number) / "out"
-        assert stop_after(number, monkeypatch, *line, f"--out={out}") == 130
-        assert len(shards(out)) == number
-        capsys.readouterr()
-        assert stop_after(99, monkeypatch, *line, f"--out={out}") == 0
-        assert ("going on from there" in capsys.readouterr().out) == (number > 0)
-        assert shards(out) == whole and read_meta(out) == read_meta(tmp_path / "whole" / "out")
-
-
-@pytest.mark.parametrize("change", ["longer", "as long"])
-def test_an_input_that_has_changed_is_read_from_its_beginning(jsonl, tmp_path, monkeypatch, capsys, change):
-    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500", f"--out={tmp_path}/out"]
-    assert stop_after(4, monkeypatch, *line) == 130
-    documents = ["before all others", *DOCUMENTS] if change == "longer" else [t.replace("o", "0") for t in DOCUMENTS]
-    jsonl.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    assert stop_after(99, monkeypatch, *line) == 0
-    assert "has changed: starting over" in capsys.readouterr().out
-    assert sum(tokens(tmp_path / "out"), []) == stream_of(documents)
-
-
-def test_stopped_at_any_call_to_the_disk(jsonl, tmp_path, monkeypatch):
-    """Whatever the last call was before a kill, the next start makes the bytes of a run that was never stopped."""
-    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=2500"]
-    assert prepare_data.main([*map(str, line), f"--out={tmp_path}/whole/out"]) == 0
-    whole = shards(tmp_path / "whole" / "out")
-
-    class Killed(BaseException):
-        pass
-
-    def until_killed(function, calls):
+    def until_killed(function):
         def call(*arguments, **options):
-            if next(calls, None) is None:
+            if next(left, None) is None:
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    def killed_at(number):
-        """Start, and stop at call `number` to the disk, before it is done; whether there were so many."""
-        calls = iter(range(number))
-        with monkeypatch.context() as patch:
-            for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (prepare_data, "open_shard")):
-                patch.setattr(owner, name, until_killed(getattr(owner, name), calls))
-            try:
-                prepare_data.main([*map(str, line), f"--out={tmp_path}/out"])
-            except Killed:
-                return True
-        return False
-
-    number = 0
-    while killed_at(number):
-        number += 1
-        killed_at(number // 2)  # and the start after it as well
-        assert prepare_data.main([*map(str, line), f"--out={tmp_path}/out"]) == 0
-        names = sorted(path.name for path in (tmp_path / "out").iterdir())
-        assert shards(tmp_path / "out") == whole and names == ["lock", "meta.json", *whole]
-        shutil.rmtree(tmp_path / "out")
-    assert number > 20
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (prepare_data, "open_shard")):
+            patch.setattr(owner, name, until_killed(getattr(owner, name)))
+        try:
+            main(*line)
+        except Killed:
+            return True
+    return False
 
 
-def test_a_part_that_is_not_ours_to_replace(jsonl, tmp_path, monkeypatch, capsys):
-    line = [jsonl, "--tokenizer=bytes", "--val_tokens=1000", "--shard_tokens=1500"]
-    out, renamed = tmp_path / "out", tmp_path / "renamed"
-    assert stop_after(4, monkeypatch, *line, f"--out={out}") == 130
-    out.rename(renamed)
-    assert stop_after(99, monkeypatch, *line, f"--out={renamed}") == 2
-    assert "already holds shards from elsewhere" in capsys.readouterr().err
-    renamed.rename(out)
+def test_a_refused_folder_stays_as_it_was(jsonl, tmp_path, monkeypatch, capsys):
+    """Name for name and byte for byte: not even a lock is added."""
+    out, line = tmp_path / "out", [jsonl, *SMALL]
+
+    def refused(folder, message, *options):
+        (folder / "lock").unlink(missing_ok=True)
+        before = contents(folder)
+        assert message in error(capsys, *line, f"--out={folder}", *options) and contents(folder) == before
+
+    assert killed_at(20, monkeypatch, *line, f"--out={out}")
     damaged = out / "out_train_000002.bin"
     damaged.write_bytes(damaged.read_bytes()[:-10])
-    before = shards(out)
-    assert stop_after(99, monkeypatch, *line, f"--out={out}", "--val_tokens=900") == 2
-    assert "a part of data prepared otherwise" in capsys.readouterr().err and shards(out) == before
-    assert stop_after(99, monkeypatch, *line, f"--out={out}") == 0
+    refused(out, "unfinished data of other settings", "--val_tokens=900")
+    refused(out.rename(tmp_path / "renamed"), "shards from elsewhere")
+    (tmp_path / "renamed").rename(out)
+    assert main(*line, f"--out={out}") == 0
     assert "does not hold the shards that it had: starting over" in capsys.readouterr().out
     assert sum(tokens(out), []) == stream_of(DOCUMENTS)
 
+    before = contents(out)
+    assert main(*line, f"--out={out}") == 0 and "already complete" in capsys.readouterr().out
+    assert contents(out) == before
+    refused(out, "data of other settings", "--val_tokens=100")
+    first = out / "out_train_000001.bin"
+    first.rename(tmp_path / "moved")
+    refused(out, "train tokens, but the shards hold")
+    (tmp_path / "moved").rename(first)
+    (out / "meta.json").write_text("{")
+    refused(out, "meta.json is malformed")
+    (out / "meta.json").unlink()
+    refused(out, "shards from elsewhere")
 
-def test_mistakes(jsonl, tmp_path):
-    assert "no source" in error(tmp_path / "none")
+
+def test_a_folder_that_fills_before_it_is_locked(jsonl, tmp_path, monkeypatch, capsys):
+    lock_folder = prepare_data.lock_folder
+
+    def late(out):
+        lock = lock_folder(out)
+        (out / "out_train_000001.bin").write_bytes(b"of another process")
+        return lock
+
+    monkeypatch.setattr(prepare_data, "lock_folder", late)
+    assert "shards from elsewhere" in error(capsys, jsonl, "--tokenizer=bytes", f"--out={tmp_path}/out")
+    assert contents(tmp_path / "out", "*.bin") == {"out_train_000001.bin": b"of another process"}
+
+
+@pytest.mark.parametrize("name", ["out", "o[1]", "*"])
+@pytest.mark.parametrize("state", ["{", "[1]", '{"shards": 3}', "\xff"])
+def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path, name, state):
+    whole, out = tmp_path / "a" / name, tmp_path / "b" / name
+    assert main(jsonl, f"--out={whole}", *SMALL) == 0
+    out.mkdir(parents=True)
+    (out / "meta.json.part").write_text(state, "latin-1")
+    (out / f"{name}_train_000099.bin").write_bytes(b"left over")
+    (out / f"{name}_train_000100.bin.tmp").write_bytes(b"left over")
+    (out / "my_train_notes.tmp").write_bytes(b"not ours")
+    assert main(jsonl, f"--out={out}", *SMALL) == 0
+    assert contents(out) == contents(whole) | {"my_train_notes.tmp": b"not ours"}
+
+
+@pytest.mark.parametrize("documents", [["before all others", *DOCUMENTS], [t.replace("o", "0") for t in DOCUMENTS]])
+def test_an_input_that_has_changed_is_read_from_its_beginning(jsonl, tmp_path, monkeypatch, capsys, documents):
+    """Also if it is as long as before."""
+    line = [jsonl, *SMALL, f"--out={tmp_path}/out"]
+    assert killed_at(20, monkeypatch, *line)
+    write_jsonl(jsonl, documents)
+    assert main(*line) == 0 and "files that have changed: starting over" in capsys.readouterr().out
+    assert sum(tokens(tmp_path / "out"), []) == stream_of(documents)
+
+
+def test_stopped_at_any_call_to_the_disk(jsonl, tmp_path, monkeypatch, capsys):
+    """Whatever the last call was before a kill, also within a batch, the next start makes the bytes of a run that was
+    never stopped, and keeps the shards that are complete."""
+    monkeypatch.setattr(sources, "PIECE", 700)
+    out = tmp_path / "out"
+    line = [jsonl, *SMALL, f"--out={out}"]
+    assert main(jsonl, *SMALL, f"--out={tmp_path}/whole/out") == 0
+    whole = contents(tmp_path / "whole" / "out")
+    continued, number = set(), 0
+    while killed_at(number, monkeypatch, *line):
+        killed_at(number // 2, monkeypatch, *line)  # and the start after it as well
+        capsys.readouterr()
+        assert main(*line) == 0 and contents(out) == whole
+        continued.update(re.findall(r"has \d+ shards with .*: continuing from there", capsys.readouterr().out))
+        shutil.rmtree(out)
+        number += 1
+    assert number > 40 and len(continued) > 8
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, kills):
+    """kill -9 of the real process."""
+    rng = random.Random(kills)
+    source = write_jsonl(tmp_path / "text.jsonl", ["x" * rng.randint(0, 300) for _ in range(40_000)])
+    whole, out = tmp_path / "whole" / "out", tmp_path / "out"
+    line = [source, "--tokenizer=bytes", "--shard_tokens=200000"]
+    run(*line, f"--out={whole}")
+    for _ in range(kills):
+        process = subprocess.Popen(command(*line, f"--out={out}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while not (out / "meta.json.part").exists() and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.communicate()
+    run(*line, f"--out={out}")
+    assert contents(out) == contents(whole) and len(contents(out)) > 5
+
+
+def test_two_preparations_in_one_folder_and_ctrl_c(tmp_path):
+    line = command("stdlib", f"--out={tmp_path}/out", "--shard_tokens=2")  # which takes for ever
+    first = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "meta.json.part").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = subprocess.run(line, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process writes to" in second.stderr
+    first.send_signal(signal.SIGINT)
+    stderr = first.communicate(timeout=60)[1]
+    assert first.returncode == 130 and "Traceback" not in stderr
+    assert stderr.endswith("interrupted: the same command continues from the last whole shard\n")
+
+
+# ------------------------------------------------------------------------------------------------ room and mistakes
+
+
+def test_room_is_looked_at_first(jsonl, tmp_path, monkeypatch, capsys):
+    def free(bytes):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(bytes))
+
+    line = [jsonl, f"--out={tmp_path}/out", "--tokenizer=bytes"]
+    free(29_999)
+    assert "needs 0.0 GB for 15,000 tokens" in error(capsys, *line, "--tokens=15000")
+    assert list(contents(tmp_path / "out")) == ["lock"]
+    most = 1000 * jsonl.stat().st_size
+    assert f"for {most:,} tokens" in error(capsys, *line, "--tokens=1e15")
+    assert "for 50,000,000,000 tokens" in error(capsys, "fineweb-edu", "--tokenizer=bytes", f"--out={tmp_path}/hub")
+    free(30_000)
+    assert main(*line, "--tokens=15000") == 0
+
+
+def test_a_full_disk(tmp_path):
+    """One line; what is complete stays, and the next start completes it."""
+    source = write_jsonl(tmp_path / "text.jsonl", ["x" * 300] * 1000)
+    line = [source, "--tokenizer=bytes", "--val_tokens=20000", "--shard_tokens=100000"]
+    whole, out = tmp_path / "whole" / "out", tmp_path / "out"
+    failed = run(*line, f"--out={out}", status=2, preexec_fn=limited(resource.RLIMIT_FSIZE, 150_000))
+    assert failed.stderr.splitlines()[-1].startswith("error: ") and "File too large" in failed.stderr
+    assert sorted(contents(out)) == ["lock", "meta.json.part", "out_val_000000.bin"]
+    assert "has 1 shards" in run(*line, f"--out={out}").stdout
+    run(*line, f"--out={whole}")
+    assert contents(out) == contents(whole) and len(contents(out, "*.bin")) == 4
+
+
+def test_mistakes(jsonl, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "no source" in error(tmp_path / "empty")
     (tmp_path / "a.md").write_text("x")
-    assert "holds no .txt, .jsonl, .parquet file" in error(tmp_path / "a.md")
-    assert "unknown tokenizer 'gtp2'" in error(jsonl, "--tokenizer=gtp2")
-    assert "--tokens" in error(jsonl, "--tokens=many") and "--tokens" in error(jsonl, "--tokens=-5")
-    assert "at least 2 and below 2147483648" in error(jsonl, "--shard_tokens=3e9")
-    assert "--tokkens" in error(jsonl, "--tokkens=5")
-    assert "SOURCE" in error()
-    (tmp_path / "file").write_text("x")
-    assert "file" in error(jsonl, f"--out={tmp_path}/file/x", "--tokenizer=bytes")
+    for message, *line in [
+        ("there is no text at", tmp_path / "none"),
+        ("there is no text at", ""),
+        ("there is no text at", tmp_path / "empty"),
+        ("a file, folder or glob of .txt, .jsonl, .parquet", tmp_path / "a.md"),
+        ("unknown tokenizer 'gtp2'", jsonl, "--tokenizer=gtp2"),
+        ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=many"),
+        ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=-5"),
+        ("at least 2 and below 2147483648", jsonl, "--shard_tokens=3e9"),
+        ("at least 2 and below 2147483648", jsonl, "--val_tokens=1"),
+        ("--tokkens", jsonl, "--tokkens=5"),
+        ("SOURCE",),
+        ("a.md", jsonl, f"--out={tmp_path}/a.md/x", "--tokenizer=bytes"),
+    ]:
+        assert message in error(capsys, *line)
+    result = run(jsonl, "--tokens=many", status=2)
+    assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "--val_tokens=N" in run("--help").stdout
 
 
 @pytest.mark.parametrize("text, options", [("", []), ("abc", []), ("abcdefgh" * 10, ["--val_tokens=81"])])
-def test_too_short_for_two_splits(tmp_path, text, options):
+def test_too_short_for_two_splits(tmp_path, capsys, text, options):
     (tmp_path / "a.txt").write_text(text)
-    assert "too short" in error(tmp_path / "a.txt", f"--out={tmp_path}/out", "--tokenizer=bytes", *options)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    line = [tmp_path / "a.txt", f"--out={tmp_path}/out", "--tokenizer=bytes"]
+    assert "is too short" in error(capsys, *line, *options)
+    assert list(contents(tmp_path / "out")) == ["lock"]
 
 
-def test_fineweb_edu_without_a_network(tmp_path):
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    message = error("fineweb-edu", f"--out={tmp_path}/out", "--tokenizer=bytes", "--tokens=1e6", **offline)
-    assert "FineWeb-Edu (sample-10BT) could not be read from Hugging Face" in message
+def test_starts_without_torch():
+    program = "import prepare_data, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

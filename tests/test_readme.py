@@ -1,8 +1,10 @@
-"""README.md: its commands run, in the order in which a reader meets them, and its example of a new activation works.
-What needs a GPU, a download or hours is parsed and checked as far as the programs do before they start."""
+"""README.md and docs/: their commands run, in the order in which a reader meets them, and their example of a new
+activation works. What needs a GPU, a download or hours is parsed and checked as far as the programs do before they
+start."""
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 import shutil
@@ -14,104 +16,91 @@ import pytest
 
 import prepare_data
 import train
-from activations import ACTIVATIONS
+from config import Config, read_command
 from tools import bench, compare, derive, follow, hf, plot, sample
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text("utf-8")
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.M | re.S)
-FENCED = [line for kind, block in FENCES if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
-LINES = FENCED + [
-    " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S))
-]
-# every command of the README, in its order within the fences, then within the text
-COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
-COMMANDS = [command for command in COMMANDS if re.match(r"(python|python3|torchrun|pip) ", command)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, *_ = TEXTS = [path.read_text("utf-8") for path in PAGES]
+TEXT = "\n".join(TEXTS)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+
+
+def lines(kind):
+    """The lines of all fences of this kind; sh: they run below, bash: they need GPUs or hours."""
+    blocks = [block for found, block in FENCE.findall(TEXT) if found == kind]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", TEXT))]
+COMMANDS = [part.strip() for line in lines("sh") + lines("bash") + INLINE for part in re.split(r"&&|\|\|", line)]
+COMMANDS = [command for command in COMMANDS if re.match(r"(srun )?(python3?|torchrun|pip|uv) ", command)]
 SMALL = "--max_steps=4 --warmup_steps=0 --decay_steps=0 --eval_every=2 --eval_tokens=500 --log_every=1 --compile=False"
 SMALL = SMALL.split()
 
 
 def words_of(program):
     """The arguments of each command that starts this program."""
-    lines = [command.partition(program)[2].split() for command in COMMANDS if program in command]
-    assert lines, program
-    return [[word for word in words if word != "…"] for words in lines]
+    return [command.partition(program)[2].split() for command in COMMANDS if program in command]
 
 
-def processes(command):
-    """How many processes a torchrun line starts."""
-    count = 1
-    for number in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command):
-        count *= int(number)
-    return count
+def in_root(words):
+    """The words with configs as absolute paths."""
+    return [str(ROOT / word) if word.startswith("configs/") else word for word in words]
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 2400
 
 
 def test_every_command_is_known():
-    """Nothing in the README is a command that the tests below do not look at."""
+    """The pages have no command that the tests below do not look at."""
     known = ("train.py", "prepare_data.py", "-m tools.", "-m pytest", "-m venv", "pip install")
     for command in COMMANDS:
         assert any(name in command for name in known), command
 
 
 def test_training_commands():
-    lines = [command for command in COMMANDS if "train.py" in command and "--help" not in command]
-    assert len(lines) >= 6
-    for command in lines:
-        if "derived/" in command:  # run below
-            continue
-        path, *keys = command.partition("train.py")[2].split()
-        if path.startswith("out/"):  # which another command makes: below
-            continue
-        config, options = train.read_config([str(ROOT / path), *keys])
-        train.check(train.replace(config, **options), processes(command))
+    found = [command for command in COMMANDS if "train.py configs/" in command and "derived/" not in command]
+    assert len(found) >= 6
+    for command in found:
+        values, options = read_command(in_root(command.partition("train.py")[2].split()))
+        processes = math.prod(map(int, re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command)))
+        Config(**(values | options)).check_batch(processes)
 
 
 def test_preparing_commands():
-    for words in words_of("prepare_data.py"):
-        prepare_data.parse(words)
-
-
-def test_from_a_run_to_transformers(tmp_path, monkeypatch, capsys, corpus, config):
-    """The lines of Python in the README, on the folder that its line exports."""
-    pytest.importorskip("transformers")
-    section = TEXT[TEXT.index("## Use what you trained") :]
-    code = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)[0]
-    monkeypatch.chdir(tmp_path)
-    assert train.main([str(config), "--out=out/demo", "--activation=xielu", *SMALL]) == 0
-    assert hf.main(["export", "out/demo", "out/demo-hf"]) == 0
-    capsys.readouterr()
-    exec(code, {})
-    assert capsys.readouterr().out.startswith("def ")
+    assert all(prepare_data.parse(words) for words in words_of("prepare_data.py"))
 
 
 def test_bench_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = words_of("-m tools.bench")
-    assert {words[0] for words in lines} == {"kernel", "step", "plan"}
-    for name, *words in lines:
-        _, others, _ = bench.read_options(name, words)
-        if name == "plan":
-            assert bench.main([name, *words, f"--json={tmp_path}/plan.json"]) == 0
+    found = words_of("-m tools.bench")
+    assert {words[0] for words in found} == {"kernel", "step", "plan"}
+    for words in found:
+        _, others = bench.read_options(words)
+        if words[0] == "plan":
+            assert bench.main([*words, f"--json={tmp_path}/plan.json"]) == 0
         elif others:
-            train.read_config([str(ROOT / others[0]), *others[1:]])
+            read_command(others)
 
 
 def test_compare_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    lines = words_of("-m tools.compare")
-    assert len(lines) >= 3
-    for words in lines:
+    found = words_of("-m tools.compare")
+    assert len(found) >= 4
+    for words in found:
         if "smooth_relu2" not in " ".join(words) and "derived/" not in " ".join(words):  # below
-            words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
-            assert compare.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
+            assert compare.main([*in_root(words), "--dry_run"]) == 0, capsys.readouterr().err
 
 
 def test_commands_that_need_no_hours_run(tmp_path, monkeypatch, capsys):
-    """Those of the fences, one after another in one folder, with few steps and little data."""
+    """Those of the sh fences, one after another in one folder, with few steps and little data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     # a comparison's runs in this process: test_compare.py starts them as they are
     monkeypatch.setattr(compare, "execute", lambda run, *_: (train.main(run.arguments), ""))
+    monkeypatch.setattr(derive, "check_derivatives", lambda *_: None)  # test_derive.py does
     mains = {
         "prepare_data.py": (prepare_data.main, ["--tokens=20000", "--val_tokens=2000"]),
         "train.py": (train.main, SMALL),
@@ -123,47 +112,36 @@ def test_commands_that_need_no_hours_run(tmp_path, monkeypatch, capsys):
     }
     if importlib.util.find_spec("transformers"):
         mains["-m tools.hf"] = (hf.main, [])
-    monkeypatch.setattr(derive, "check_compiled", lambda module: None)  # test_derive.py does
-    ran = []
-    for command in (part for line in FENCED for part in line.split("&&")):
+    ran = set()
+    for command in (part for line in lines("sh") for part in line.split("&&")):
         for program, (main, reductions) in mains.items():
             if program in command and "smooth_relu2" not in command:
                 arguments = shlex.split(command.partition(program)[2])
                 reductions = [*reductions, "--seed=1"] if "derived/" in command and "--seed=" in command else reductions
                 assert main([*arguments, *reductions]) in (0, None), capsys.readouterr().err
-                ran.append(program)
-    assert set(ran) == set(mains) and len(ran) >= 6
+                ran.add(program)
+    assert ran == set(mains)
     assert (tmp_path / "out/compare/demo/results.md").is_file()
     assert {path.name for path in (tmp_path / "out/plot").iterdir()} >= {"loss.png", "scalars.png"}
-
-
-def test_figures_of_the_readme_are_there():
-    figures = re.findall(r"!\[.+?\]\((\S+\.png)\)", TEXT)
-    assert len(figures) >= 3
-    for figure in figures:
-        assert (ROOT / figure).is_file(), figure
-
-
-@pytest.mark.parametrize("name", ["compare_cpu", "derive"])
-def test_the_tables_are_those_of_the_results(name):
-    table = (ROOT / f"results/{name}/results.md").read_text("utf-8").partition("\n\n")[0]
-    assert table.startswith("| activation") and table in TEXT
+    if "-m tools.hf" in ran:  # the lines of Python, on the folder that the line before them exported
+        capsys.readouterr()
+        code = next(block for kind, block in FENCE.findall(TEXT) if kind == "python" and "transformers" in block)
+        exec(code, {})
+        assert capsys.readouterr().out.startswith("def ")
 
 
 def test_an_activation_of_your_own(corpus, tmp_path):
     """Five lines in activations.py, nothing else: it trains and has its row. A copy of relu2 differs by exactly 0."""
-    section = TEXT[TEXT.index("## An activation of your own") :]
-    module, row = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)[:2]
+    module, row = [block for kind, block in FENCE.findall(README) if kind == "python"]
     assert len(module.splitlines()) + len(row.splitlines()) == 5
-    for name in ("train.py", "data.py", "model.py", "xielu.py", "activations.py", "tools", "configs"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
+    for path in [*ROOT.glob("*.py"), ROOT / "tools", ROOT / "configs"]:
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, tmp_path / path.name)
     text = (tmp_path / "activations.py").read_text("utf-8")
     table = "ACTIVATIONS = {\n"
     assert text.count(table) == 1
     row += '    "copy_of_relu2": Activation("max(x, 0)²", ReLUSquared),\n'
-    text = text.replace(table, f"{module}\n\n{table}{row}")
-    (tmp_path / "activations.py").write_text(text, "utf-8")
+    (tmp_path / "activations.py").write_text(text.replace(table, f"{module}\n\n{table}{row}"), "utf-8")
     line = next(command for command in COMMANDS if "smooth_relu2" in command).partition("-m")[2].split()
     sizes = ["--dim=32", "--n_layers=2", "--ffn_dim=48", "--seq_len=32", "--tokens_per_step=256", f"--data={corpus}"]
     shorter = ["--activation=relu2,smooth_relu2,copy_of_relu2", "--seed=1"]
@@ -176,38 +154,53 @@ def test_an_activation_of_your_own(corpus, tmp_path):
     assert "| smooth_relu2 " in done.stdout
 
 
-def test_nothing_is_left_to_fill_in():
-    assert "@@" not in TEXT and "TODO" not in TEXT
+@pytest.mark.parametrize("name", ["compare_cpu", "derive"])
+def test_the_tables_are_those_of_the_results(name):
+    table = (ROOT / f"results/{name}/results.md").read_text("utf-8").partition("\n\n")[0]
+    assert table.startswith("| activation") and table in TEXT
 
 
-def test_files_and_names_exist():
-    for path in re.findall(r"\]\(([\w./]+\.(?:py|md))\)", TEXT) + re.findall(r"configs/\w+\.py", TEXT):
-        assert (ROOT / path).is_file(), path
-    assert {"xielu", "relu2", "swiglu"} <= set(ACTIVATIONS)
+def test_the_diagram_of_imports():
+    """Each file of the core imports what the arrows of the README lead from, and nothing else of the core."""
+    diagram = next(block for _, block in FENCE.findall(README) if "→" in block)
+    before = {}
+    for line in diagram.splitlines()[:-1]:
+        steps = [part.strip().split(", ") for part in line.split("→")]
+        for left, right in zip(steps, steps[1:]):
+            for name in right:
+                before[name] = before.get(name, set()) | set(left)
+    for _ in before:  # an arrow leads from all that comes before it, too
+        before = {name: left.union(*(before.get(other, set()) for other in left)) for name, left in before.items()}
+    core = {path.stem for path in ROOT.glob("*.py")}
+    assert core == set(before).union(*before.values())
+    for name in core:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text("utf-8"), re.M))
+        assert name not in before.get(name, set()) and imported & (core | {"tools"}) <= before.get(name, set()), name
 
 
 def test_tests_that_are_named_exist():
-    defined = {}
-    for path in (ROOT / "tests").glob("test_*.py"):
-        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M):
-            defined[name] = path.name
-    named = set(re.findall(r"`(test_\w+)`", TEXT))
-    assert len(named) > 20 and named <= set(defined), named - set(defined)
+    tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named, defined = set(re.findall(r"`(test_\w+)`", TEXT)), set(re.findall(r"^def (test_\w+)", tests, re.M))
+    assert len(named) > 20 and named <= defined, named - defined
 
 
-def test_links_within_the_page_lead_somewhere():
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S), re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for link in re.findall(r"\]\(#([^)]+)\)", TEXT):
-        assert link in anchors, link
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "results/README.md"], ids=lambda path: path.parent.name + path.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text("utf-8")))
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert name.startswith("https:") or target.exists(), link
+        if anchor and not name.startswith("https:"):
+            headings = re.findall(r"^#+ (.*)$", FENCE.sub("", target.read_text("utf-8")), re.M)
+            assert anchor in {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}, link
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_says_how_to_prepare_its_data(path):
-    text = path.read_text("utf-8")
-    lines = text.replace("\\\n", " ").splitlines()
-    lines = [line.split()[2:] for line in lines if line.startswith("python prepare_data.py")]
-    assert lines or "from configs." in text
-    for words in lines:
-        arguments = prepare_data.parse(words)
-        assert str(arguments.out).endswith(train.read_config([str(path)])[0].data)
+    text = path.read_text("utf-8").replace("\\\n", " ")
+    found = [line.split()[2:] for line in text.splitlines() if line.startswith("python prepare_data.py")]
+    assert found or "from configs." in text
+    for words in found:
+        assert str(prepare_data.parse(words).out).endswith(read_command([str(path)])[0]["data"])

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data import get_tokenizer
-from model import Llama, ModelConfig
-from runs import ROOT, run
+import xielu
+from config import ModelConfig
+from model import Llama
+from runs import ROOT, TINY, here, settings_restored
+from tokenizer import get_tokenizer
 from tools import sample
 from tools.sample import Cache, choose, generate
 
@@ -54,11 +57,9 @@ def test_choose():
 def test_past_seq_len():
     """At seq_len tokens the newer half is read again, as if the text began there."""
     model = tiny()
-    prompt = [256, 5, 6, 7]
-    written = list(generate(model, prompt, 60, 0, 0, None))
-    text = list(prompt)
+    text = [256, 5, 6, 7]
     start = 0  # where the text that the model sees begins
-    for token in written:
+    for token in generate(model, text, 60, 0, 0, None):
         if len(text) - start > 24:
             start = len(text) - 12
         expected = model(torch.tensor([text[start:]]))[0, -1].argmax()
@@ -70,82 +71,93 @@ def test_past_seq_len():
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
-    from runs import TINY
-
     folder = tmp_path_factory.mktemp("sampled")
     (folder / "tiny.py").write_text(TINY + f'data = "{corpus}"\nout = "{folder}/out"\n')
-    run(folder / "tiny.py")
+    here(folder / "tiny.py", "--activation=xielu")
     return folder / "out"
 
 
+def written(capsys, *argv):
+    """What a command that must succeed prints on standard output."""
+    capsys.readouterr()
+    with settings_restored():
+        assert sample.main([str(argument) for argument in argv]) == 0
+    return capsys.readouterr().out
+
+
+def process(*argv, **options):
+    command = [sys.executable, "-m", "tools.sample", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, **options)
+
+
 def test_command(trained, capsys):
-    options = [str(trained), "--prompt=def ", "--tokens=30", "--num=2"]
-    assert sample.main([*options, "--seed=1"]) == 0
-    first = capsys.readouterr().out
+    xielu.compiled.cache_clear()
+    options = [trained, "--prompt=def ", "--tokens=30", "--num=2"]
+    first = written(capsys, *options, "--seed=1")
     assert first.startswith("def ") and first.count("-" * 40) == 1 and first.count("def ") >= 2
-    assert sample.main([*options, "--seed=1"]) == 0 and capsys.readouterr().out == first
-    assert sample.main([*options, "--seed=2"]) == 0 and capsys.readouterr().out != first
+    assert written(capsys, *options, "--seed=1") == first != written(capsys, *options, "--seed=2")
+    assert xielu.compiled.cache_info().currsize == 0  # which takes longer than writing
 
 
 def test_the_text_is_what_follows_a_beginning(trained, capsys):
     """The prompt stands at the start of a document: the delimiter is before it."""
-    assert sample.main([str(trained), "--prompt=def ", "--tokens=30", "--temperature=0", "--dtype=float32"]) == 0
+    text = written(capsys, trained, "--prompt=def ", "--tokens=30", "--temperature=0", "--dtype=float32")
     model, _, _ = sample.load_run(trained, "cpu", torch.float32)
-    written = list(generate(model, [256, *b"def "], 30, 0, 0, None))
-    written = written[: written.index(256)] if 256 in written else written
-    assert capsys.readouterr().out == "def " + bytes(written).decode("utf-8", "replace").rstrip("\ufffd") + "\n"
+    tokens = list(generate(model, [256, *b"def "], 30, 0, 0, None))
+    tokens = tokens[: tokens.index(256)] if 256 in tokens else tokens
+    assert text == "def " + bytes(tokens).decode("utf-8", "replace").rstrip("\ufffd") + "\n"
 
 
 def test_a_pipe_that_is_closed(trained):
-    command = [sys.executable, "-m", "tools.sample", str(trained), "--tokens=2000", "--prompt=abcdefghijkl"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    assert process.stdout.read(10) == b"abcdefghij"
-    process.stdout.close()
-    stderr = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 0 and "Error" not in stderr and "error" not in stderr
+    writing = process(trained, "--tokens=2000", "--prompt=abcdefghijkl")
+    assert writing.stdout.read(10) == b"abcdefghij"
+    writing.stdout.close()
+    stderr = writing.stderr.read().decode()
+    assert writing.wait(timeout=60) == 0 and "Error" not in stderr and "error" not in stderr
 
 
 def test_a_terminal_without_all_letters(trained):
-    command = [sys.executable, "-m", "tools.sample", str(trained), "--tokens=5", "--prompt=größe"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=environment, capture_output=True, cwd=ROOT, check=True)
-    assert done.stdout.startswith(b"gr??e")
+    writing = process(trained, "--tokens=5", "--prompt=größe", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    stdout, stderr = writing.communicate()
+    assert writing.returncode == 0 and stdout.startswith(b"gr??e"), stderr
 
 
 def test_prompt_from_a_file_and_from_standard_input(trained, tmp_path, capsys):
     text = "größe <|endoftext|>\n"
     (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
-    options = [str(trained), "--tokens=5", "--temperature=0"]
-    assert sample.main([*options, f"--prompt_file={tmp_path}/prompt.txt"]) == 0
-    from_file = capsys.readouterr().out
+    options = [trained, "--tokens=5", "--temperature=0"]
+    from_file = written(capsys, *options, f"--prompt_file={tmp_path}/prompt.txt")
     assert from_file.startswith(text)
-    command = [sys.executable, "-m", "tools.sample", *options, "--prompt_file=-"]
-    piped = subprocess.run(command, input=text.encode(), capture_output=True, cwd=ROOT, check=True)
-    assert piped.stdout.decode() == from_file
+    stdout, stderr = process(*options, "--prompt_file=-", stdin=subprocess.PIPE).communicate(text.encode())
+    assert stdout.decode() == from_file, stderr
 
 
 def test_it_ends_where_the_model_ends_it(trained, capsys, monkeypatch):
-    end = get_tokenizer("bytes").eot_token
-    tokens = iter([65, 0xC3, 0xBC, 66, end, 67])
+    tokens = iter([65, 0xC3, 0xBC, 66, get_tokenizer("bytes").eot_token, 67])
     monkeypatch.setattr(sample, "choose", lambda *_: next(tokens))
-    assert sample.main([str(trained), "--prompt=x"]) == 0
-    assert capsys.readouterr().out == "xAüB\n"
+    assert written(capsys, trained, "--prompt=x") == "xAüB\n"
 
 
-def test_mistakes(trained, tmp_path, capsys):
-    for arguments, message in [
-        ([], "RUN"),
-        ([str(tmp_path)], "has no ckpt.pt"),
-        ([str(trained), "--tokens=0"], "at least 1"),
-        ([str(trained), "--temperature=-1"], "temperature must be at least 0"),
-        ([str(trained), "--top_k=-1"], "top_k must be at least 0"),
-        ([str(trained), "--top_k=many"], "top_k"),
-        ([str(trained), "--seed=99999999999999999999"], "seed must be"),
-        ([str(trained), "--tokenizer=gpt2"], "more than the run's vocab_size=257"),
-        ([str(trained), "--prompt=a", "--prompt_file=b"], "not allowed with"),
-        ([str(trained), f"--prompt_file={tmp_path}/none"], "No such file"),
-        ([str(trained), "--device=tpu"], "invalid choice: 'tpu'"),
-    ]:
-        assert sample.main(arguments) == 2
-        stderr = capsys.readouterr().err
-        assert message in stderr and stderr.count("\n") == 1, stderr
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("", "RUN"),
+        ("FOLDER", "has no ckpt.pt"),
+        ("TRAINED --tokens=0", "at least 1"),
+        ("TRAINED --temperature=-1", "temperature must be at least 0"),
+        ("TRAINED --temperature=nan", "temperature must be at least 0"),
+        ("TRAINED --top_k=-1", "top_k must be at least 0"),
+        ("TRAINED --top_k=many", "top_k"),
+        ("TRAINED --seed=99999999999999999999", "seed must be"),
+        ("TRAINED --tokenizer=gpt2", "more than the run's vocab_size=257"),
+        ("TRAINED --prompt=a --prompt_file=b", "not allowed with"),
+        ("TRAINED --prompt_file=FOLDER/none", "No such file"),
+        ("TRAINED --device=tpu", "invalid choice: 'tpu'"),
+    ],
+)
+def test_mistakes(trained, tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.setattr(sample, "get_tokenizer", lambda name: SimpleNamespace(n_vocab=50257))  # without a download
+    with settings_restored():
+        assert sample.main(argv.replace("TRAINED", str(trained)).replace("FOLDER", str(tmp_path)).split()) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1, stderr

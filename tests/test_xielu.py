@@ -1,4 +1,4 @@
-"""xielu.py against float64 closed forms, in each dtype and wherever the arithmetic could break."""
+"""xielu.py and inverted.py against float64 closed forms, in each dtype and wherever the arithmetic could break."""
 
 import math
 import subprocess
@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from activations import ACTIVATIONS, xiep, xiprelu
+from inverted import pack, unpack, xielu_inverted
 from model import MLP, ModelConfig
-from xielu import (
-    XIELU,
-    XIEP,
-    XIPReLU,
-    pack,
-    trained_scalar,
-    unpack,
-    xielu_fused,
-    xielu_inverted,
-    xielu_reference,
-    xiep,
-    xiprelu,
-)
+from xielu import XIELU, raw_parameter, xielu_fused, xielu_reference
 
 VERSIONS = {"reference": xielu_reference, "fused": xielu_fused}
 ALL_VERSIONS = VERSIONS | {"inverted": xielu_inverted}  # the inverted one's gradients are not as exact: see below
@@ -121,7 +111,7 @@ def test_large_sums_of_alpha_gradients(version):
 def test_exact_at_zero(version, dtype):
     act = XIELU()
     x = torch.zeros(5, dtype=dtype, requires_grad=True)
-    y = ALL_VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](x, act.raw_alpha_p, act.raw_alpha_n, 0.5)
     y.sum().backward()
     assert (y == 0).all() and (x.grad == 0.5).all()
 
@@ -146,18 +136,29 @@ def test_float64_is_computed_in_float64(version):
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
 def test_not_finite_and_extreme_inputs(version):
-    act = XIELU(alpha_n_init=1.2)
+    act = XIELU(alpha_n=1.2)
     top = torch.finfo(torch.float32).max
     x = torch.tensor([math.nan, math.inf, -math.inf, -top, 1.9e19, -1e30], requires_grad=True)
-    y = ALL_VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](x, act.raw_alpha_p, act.raw_alpha_n, 0.5)
     assert y[0].isnan() and y[1] == y[2] == math.inf
     assert y[3:].isfinite().all()
     assert y[3].item() == pytest.approx(0.7 * top, rel=1e-6)
     assert y[4].item() == pytest.approx(0.8 * 1.9e19**2, rel=1e-5)
     finite = torch.tensor([-top, 1.9e19, -1e30, 0.0], requires_grad=True)
-    y = ALL_VERSIONS[version](finite, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](finite, act.raw_alpha_p, act.raw_alpha_n, 0.5)
     y.backward(torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    assert finite.grad.isfinite().all() and act.alpha_p.grad.isfinite() and act.alpha_n.grad.isfinite()
+    assert finite.grad.isfinite().all() and act.raw_alpha_p.grad.isfinite() and act.raw_alpha_n.grad.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_gradient_at_infinity(version, dtype):
+    act = XIELU()
+    x = torch.tensor([-math.inf, -3e38, math.inf], dtype=dtype, requires_grad=True)
+    y = VERSIONS[version](x, act.raw_alpha_p, act.raw_alpha_n, 0.5)
+    y.backward(torch.tensor([1.0, 1.0, 0.0], dtype=dtype))
+    assert y[0] == y[2] == math.inf
+    assert x.grad[:2].tolist() == pytest.approx([-0.3, -0.3], rel=4e-3)
 
 
 @pytest.mark.parametrize("version", ALL_VERSIONS)
@@ -165,10 +166,10 @@ def test_not_finite_and_extreme_inputs(version):
 def test_any_shape(version, shape):
     act = XIELU()
     x = torch.randn(shape, requires_grad=True)
-    y = ALL_VERSIONS[version](x, act.alpha_p, act.alpha_n, 0.5)
+    y = ALL_VERSIONS[version](x, act.raw_alpha_p, act.raw_alpha_n, 0.5)
     y.sum().backward()
-    assert y.shape == x.grad.shape == shape and act.alpha_p.grad.shape == (1,)
-    scalar = ALL_VERSIONS[version](x, act.alpha_p[0], act.alpha_n[0], 0.5)
+    assert y.shape == x.grad.shape == shape and act.raw_alpha_p.grad.shape == (1,)
+    scalar = ALL_VERSIONS[version](x, act.raw_alpha_p[0], act.raw_alpha_n[0], 0.5)
     assert torch.equal(y, scalar)
 
 
@@ -178,9 +179,9 @@ def both(x):
     for version in VERSIONS.values():
         act = XIELU()
         leaf = x.detach().clone().requires_grad_()
-        y = version(leaf.t() if leaf.ndim == 2 else leaf, act.alpha_p, act.alpha_n, 0.5)
+        y = version(leaf.t() if leaf.ndim == 2 else leaf, act.raw_alpha_p, act.raw_alpha_n, 0.5)
         y.float().square().sum().backward()
-        results.append((y.detach(), leaf.grad, act.alpha_p.grad, act.alpha_n.grad))
+        results.append((y.detach(), leaf.grad, act.raw_alpha_p.grad, act.raw_alpha_n.grad))
     return zip(*results)
 
 
@@ -213,7 +214,8 @@ def test_fused_keeps_only_x_and_the_scalars():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         act = XIELU()
         act(torch.randn(1000, requires_grad=True))
-    assert sorted(tensor.numel() for tensor in kept) == [1, 1, 1000]
+    *scalars, wide = sorted(tensor.numel() for tensor in kept)
+    assert wide == 1000 and set(scalars) == {1}
 
 
 def test_falls_back_with_one_warning_where_nothing_compiles(tmp_path):
@@ -224,7 +226,7 @@ def test_falls_back_with_one_warning_where_nothing_compiles(tmp_path):
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    y = act(x); act(x)\n"
-        "assert torch.equal(y, xielu_reference(x, act.alpha_p, act.alpha_n))\n"
+        "torch.testing.assert_close(y, xielu_reference(x, act.raw_alpha_p, act.raw_alpha_n))\n"
         "print(sum('running uncompiled' in str(w.message) for w in caught))\n"
     )
     environment = {"PATH": "", "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -240,7 +242,7 @@ def test_falls_back_with_one_warning_where_nothing_compiles(tmp_path):
 def inverted(x, alpha_p, alpha_n):
     """Its output, input gradient and alpha gradients for ∂L/∂y = 1 and *effective* alphas, with the closed form's
     and the place of the minimum: two tuples of float64, and x*."""
-    raw = [trained_scalar(alpha_p), trained_scalar(alpha_n, bound=0.5)]
+    raw = [raw_parameter(alpha_p), raw_parameter(alpha_n, bound=0.5)]
     raw = [scalar.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for scalar in raw]
     leaf = x.detach().clone().requires_grad_()
     y = xielu_inverted(leaf, *raw)
@@ -313,12 +315,12 @@ def test_inverted_keeps_one_wide_tensor_less(dtype, compiled):
     x = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
     wide = x.numel() // 64 * 256
     kept, results, states = {}, {}, {}
-    for memory in ("standard", "inverted"):
-        mlp = MLP(ModelConfig(dim=64, n_heads=4, n_kv_heads=4, ffn_dim=256, activation_memory=memory))
+    for name in ("xielu", "xielu_inverted"):
+        mlp = MLP(ModelConfig(dim=64, n_heads=4, n_kv_heads=4, ffn_dim=256, activation=name))
         generator = torch.Generator().manual_seed(5)
         for layer in (mlp.up_proj, mlp.down_proj):
             torch.nn.init.normal_(layer.weight, std=0.1, generator=generator)
-        states[memory] = mlp.state_dict()
+        states[name] = mlp.state_dict()
         weights = {parameter.data_ptr() for parameter in mlp.parameters()}
         if compiled:
             mlp.compile()
@@ -333,13 +335,13 @@ def test_inverted_keeps_one_wide_tensor_less(dtype, compiled):
         leaf = x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = mlp(leaf)
-        kept[memory] = sum(storages.values())
+        kept[name] = sum(storages.values())
         y.sum().backward()
-        results[memory] = [y.detach(), leaf.grad, *(parameter.grad for parameter in mlp.parameters())]
-    assert kept["standard"] - kept["inverted"] == wide * dtype.itemsize - wide // 8
-    assert states["standard"].keys() == states["inverted"].keys()
-    assert all(torch.equal(states["standard"][name], states["inverted"][name]) for name in states["standard"])
-    for standard, inverse in zip(results["standard"], results["inverted"]):
+        results[name] = [y.detach(), leaf.grad, *(parameter.grad for parameter in mlp.parameters())]
+    assert kept["xielu"] - kept["xielu_inverted"] == wide * dtype.itemsize - wide // 8
+    assert states["xielu"].keys() == states["xielu_inverted"].keys()
+    assert all(torch.equal(states["xielu"][name], states["xielu_inverted"][name]) for name in states["xielu"])
+    for standard, inverse in zip(results["xielu"], results["xielu_inverted"]):
         scale = standard.abs().max()
         torch.testing.assert_close(
             inverse / scale, standard / scale, rtol=0, atol=1e-4 if dtype.itemsize == 4 else 0.02
@@ -347,7 +349,7 @@ def test_inverted_keeps_one_wide_tensor_less(dtype, compiled):
 
 
 def test_inverted_inside_a_compiled_model_and_on_meta():
-    act = XIELU(memory="inverted")
+    act = XIELU(function=xielu_inverted)
     x = torch.randn(3, 21, requires_grad=True)
     act(x).sum().backward()
     eager = x.grad.clone()
@@ -359,14 +361,13 @@ def test_inverted_inside_a_compiled_model_and_on_meta():
 
 def test_module():
     act = XIELU()
-    assert act.alpha_p.shape == act.alpha_n.shape == (1,) and act.alpha_p.dtype == torch.float32
-    assert act.alpha_p.item() == pytest.approx(0.2034, abs=1e-4)
-    assert act.alpha_n.item() == pytest.approx(-1.0502, abs=1e-4)
+    assert act.raw_alpha_p.shape == act.raw_alpha_n.shape == (1,) and act.raw_alpha_p.dtype == torch.float32
+    assert act.raw_alpha_p.item() == pytest.approx(0.2034, abs=1e-4)
+    assert act.raw_alpha_n.item() == pytest.approx(-1.0502, abs=1e-4)
     assert act.effective() == pytest.approx({"alpha_p": 0.8, "alpha_n": 0.8})
-    assert list(act.state_dict()) == ["alpha_p", "alpha_n"]
+    assert list(act.state_dict()) == ["raw_alpha_p", "raw_alpha_n"]
     with pytest.raises(ValueError, match="above 0.5"):
-        XIELU(alpha_n_init=0.5)
-    assert list(XIELU(memory="inverted").state_dict()) == ["alpha_p", "alpha_n"]
+        XIELU(alpha_n=0.5)
 
 
 def test_minimum_of_the_function():
@@ -379,15 +380,14 @@ def test_minimum_of_the_function():
 @pytest.mark.parametrize("name", ["xiprelu", "xiep"])
 def test_siblings_are_integrals_of_their_gradients(name):
     x = (torch.arange(-400, 401, dtype=torch.float64) / 100).requires_grad_()
-    raw = [torch.tensor([value], dtype=torch.float64) for value in (0.3, -0.2, -1.0)]
-    slopes = [math.log1p(math.exp(value.item())) for value in raw]
+    alpha_p, alpha_n, alpha_p3 = (torch.tensor(value, dtype=torch.float64) for value in (0.85, 0.81, 0.6))
     if name == "xiprelu":
-        y = xiprelu(x, raw[0], raw[1])
-        gradient = 2 * torch.where(x > 0, slopes[0], slopes[1]) * x + 0.5
+        y = xiprelu(x, alpha_p, alpha_n)
+        gradient = 2 * torch.where(x > 0, alpha_p, alpha_n) * x + 0.5
     else:
-        y = xiep(x, *raw)
-        rising = 2 * slopes[0] * x + 3 * slopes[1] * x**2 + 0.5
-        gradient = torch.where(x > 0, rising, (0.5 + slopes[2]) * torch.expm1(x) + 0.5)
+        y = xiep(x, alpha_p, alpha_n, alpha_p3)
+        rising = 2 * alpha_p * x + 3 * alpha_p3 * x**2 + 0.5
+        gradient = torch.where(x > 0, rising, alpha_n * torch.expm1(x) + 0.5)
     y.sum().backward()
     torch.testing.assert_close(x.grad, gradient.detach())
     assert y[400] == 0
@@ -395,11 +395,12 @@ def test_siblings_are_integrals_of_their_gradients(name):
     torch.testing.assert_close(y[1:] - y[0], integral, rtol=0, atol=2e-3)
 
 
-def test_siblings_as_modules():
-    assert XIPReLU().effective() == pytest.approx({"alpha_p": 0.8, "alpha_n": 0.8})
-    assert XIEP().effective() == pytest.approx({"alpha_p": 0.8, "alpha_n": 0.8, "alpha_p3": 0.4})
-    for act in (XIPReLU(), XIEP()):
-        x = torch.tensor([-1e12, 0.0, 1e12], requires_grad=True)
-        act(x)[1].backward()
-        assert all(torch.isfinite(parameter.grad).all() for parameter in (x, *act.parameters()))
-        assert x.grad[1] == 0.5
+@pytest.mark.parametrize("name, starts", [("xiprelu", [0.8, 0.8]), ("xiep", [0.8, 0.8, 0.4])])
+def test_siblings_as_modules(name, starts):
+    act = ACTIVATIONS[name].module()
+    assert list(act.effective()) == ["alpha_p", "alpha_n", "alpha_p3"][: len(starts)]
+    assert list(act.effective().values()) == pytest.approx(starts)
+    x = torch.tensor([-1e12, 0.0, 1e12], requires_grad=True)
+    act(x)[1].backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in (x, *act.parameters()))
+    assert x.grad[1] == 0.5

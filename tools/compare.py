@@ -2,13 +2,13 @@
 
     python -m tools.compare configs/demo.py --activation=xielu,relu2,swiglu --seed=1,2,3
 
-Any key of train.py may take a list; the runs are all combinations, each a plain train.py run in a folder of its own.
-The same command again goes on where it stopped, and runs nothing twice. Besides train.py's keys there are
+Any key of train.py may take a list. The runs are all combinations, and each is a plain train.py run in a folder of its
+own. The same command again continues where it stopped, and runs nothing twice. Besides train.py's keys there are
 
     --out=FOLDER           of the runs, of results.md, .json and .csv, and of the figures; default out/compare/NAME
     --dry_run              print the runs and their sizes, and stop
     --unmatched            allow runs whose parameters differ by more than 0.5 %
-    --nproc_per_node=1     processes of a run, started by torchrun if more than one
+    --nproc_per_node=1     processes per run, started by torchrun if more than one
 """
 
 import csv
@@ -21,17 +21,21 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import train
 from activations import get_activation, short_name
-from data import UserError, lock_folder
+from command import Parser, UserError, format_seconds, run_command, whole_number
+from config import ROOT, Config, read_command, typed_keys
+from data import open_data
+from files import lock_folder
+from identity import check_activation
+from machine import pick_device
 from model import Llama
+from run import read_about, read_log
 from tools import plot
-from tools.command import run_command
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
@@ -46,7 +50,7 @@ class Run:
     arguments: what train.py is called with."""
 
     case: dict
-    config: train.Config
+    config: Config
     arguments: list
     parameters: int
     flops_per_token: int
@@ -61,70 +65,64 @@ class Run:
 
 
 def read_options(argv):
-    """({own option: value}, the other arguments)."""
-    own = {"out": "", "dry_run": False, "unmatched": False, "nproc_per_node": 1}
-    others = []
-    for argument in argv:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in own:
-            others.append(argument)
-        elif own[name] is False and not equals:
-            own[name] = True
-        elif name == "out" and value:
-            own[name] = value
-        elif name == "nproc_per_node" and value.isdecimal() and int(value) > 0:
-            own[name] = int(value)
-        else:
-            raise UserError(f"{argument} is not understood: see python -m tools.compare --help")
-    if not own["out"]:
-        own["out"] = "out/compare/" + "".join(Path(argument).stem for argument in others if argument[:2] != "--")
-    return own, others
+    """(this tool's own options, the arguments that are train.py's)."""
+    parser = Parser("python -m tools.compare")
+    parser.add_argument("--out")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--unmatched", action="store_true")
+    parser.add_argument("--nproc_per_node", type=whole_number, default=1)
+    return parser.parse_known_args(argv)
 
 
 def read_grid(argv, out, world):
-    """The Runs of a command line; UserError if one of them could not be run on `world` processes. The seed varies
-    slowest, so that a comparison that is stopped early has whole rounds of activations."""
+    """The Runs that train.py's arguments, with lists for values, describe; UserError if one of them could not be run on
+    `world` processes. The seed varies slowest, so that a comparison that is stopped early has whole rounds of
+    activations."""
     files = [argument for argument in argv if not argument.startswith("--")]
-    lists = {"seed": None}
+    from_file, _ = read_command(files)
+    lists = {"seed": [str(from_file["seed"])]}
     for argument in argv:
-        name, equals, values = argument.removeprefix("--").partition("=")
-        if name == "resume":
-            raise UserError("leave --resume away: a comparison resumes by itself")
         if argument.startswith("--"):
+            name, equals, values = argument[2:].partition("=")
             lists[name] = values.split(",") if equals else ["True"]
-    from_file, _ = train.read_config(files)
-    lists["seed"] = lists["seed"] or [str(from_file.seed)]
+    if "resume" in lists:
+        raise UserError("leave --resume out: a comparison resumes by itself")
     varied = [name for name, values in lists.items() if len(values) > 1 and name not in ("activation", "seed")]
     runs = {}
     for values in itertools.product(*lists.values()):
-        arguments = [*files, *(f"--{name}={value}" for name, value in zip(lists, values))]
-        config = replace(from_file, **train.read_config(arguments)[1])
-        with torch.device("meta"):
-            model = Llama(train.check(config, world))
-        case = {"activation": short_name(config.activation)} | {name: getattr(config, name) for name in varied}
+        options = dict(zip(lists, values))
+        keys = from_file | typed_keys(options, "on the command line")
+        case = {"activation": short_name(keys["activation"])} | {name: keys[name] for name in varied}
         words = [f"{name}={value}" for name, value in case.items() if name != "activation"]
-        folder = "-".join([case["activation"], *words, f"seed={config.seed}"]).replace("/", "_")
+        folder = "-".join([case["activation"], *words, f"seed={keys['seed']}"]).replace("/", "_")
         if folder in runs:
-            raise UserError(f"{folder} is there twice: give each value of a list once")
-        config = replace(config, out=f"{out}/{folder}", resume=True)
+            raise UserError(f"{folder} is given twice: give each value of a list once")
+        config = Config(**(keys | {"out": f"{out}/{folder}", "resume": True}))
+        config.check_batch(world)
+        with torch.device("meta"):
+            model = Llama(config)
+        arguments = [*files, *(f"--{name}={value}" for name, value in options.items())]
         arguments += [f"--out={config.out}", "--resume"]
         runs[folder] = Run(case, config, arguments, model.num_parameters(), model.flops_per_token())
     return list(runs.values())
 
 
+def spread(numbers):
+    """(largest − smallest) / smallest."""
+    return max(numbers) / min(numbers) - 1
+
+
 def print_grid(runs):
-    """The runs and their sizes; returns the spread of their parameters, (most − fewest) / fewest."""
+    """Print the runs and their sizes; returns the spread of their parameters."""
     width = max(len(run.out.name) for run in runs)
     for run in runs:
         tokens = run.config.max_steps * run.config.tokens_per_step
-        sizes = f"{run.parameters:,} parameters  {run.flops_per_token:,} FLOPs a token  {tokens:,} tokens"
+        sizes = f"{run.parameters:,} parameters  {run.flops_per_token:,} FLOPs per token  {tokens:,} tokens"
         print(f"{run.out.name.ljust(width)}  {sizes}")
-    spread = {}
-    for name in ("parameters", "flops_per_token"):
-        numbers = [getattr(run, name) for run in runs]
-        spread[name] = max(numbers) / min(numbers) - 1
-    print(f"spread: {spread['parameters']:.3%} of parameters, {spread['flops_per_token']:.3%} of FLOPs a token")
-    return spread["parameters"]
+    parameters = spread([run.parameters for run in runs])
+    flops = spread([run.flops_per_token for run in runs])
+    print(f"spread: {parameters:.3%} of parameters, {flops:.3%} of FLOPs per token")
+    return parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -132,25 +130,26 @@ def print_grid(runs):
 
 
 def check_folder(run):
-    """UserError if the run's folder holds a run with another config, or another formula of its activation."""
-    path = run.out / "config.json"
-    try:
-        about = json.loads(path.read_text("utf-8")) if path.exists() else {"config": {}}
-        saved = about["config"] | {name: about[name] for name in about if name == "formula"}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete {run.out}") from None
-    asked = asdict(run.config) | {"formula": get_activation(run.config.activation).formula}
-    for name, value in asked.items():
-        if name not in ("out", "resume") and saved.get(name, value) != value:
+    """UserError if the run's folder holds a run with another config, or of an activation that has changed since."""
+    if not (run.out / "config.json").exists():
+        return
+    about = read_about(run.out)
+    for name, value in vars(run.config).items():
+        saved = about["config"].get(name, value)
+        if name not in ("out", "resume") and saved != value:
             raise UserError(
-                f"{run.out} holds a run with {name}={saved[name]!r}, not {value!r}: choose another --out, or delete it"
+                f"{run.out} holds a run with {name}={saved!r}, not {value!r}: choose another --out, or delete it"
             )
+    try:
+        check_activation(about, run.config)
+    except UserError as error:
+        raise UserError(f"{run.out} cannot continue: {error}: choose another --out, or delete it") from None
 
 
 def outcome(run):
-    """What a finished run came to: {"loss", "bits_per_byte", "tokens_per_s"}; None if it is not finished, or has
+    """The results of a finished run: {"loss", "bits_per_byte", "tokens_per_s"}; None if it is not finished, or has
     diverged."""
-    records = train.read_log(run.out / "log.jsonl", run.config.max_steps)
+    records = read_log(run.out / "log.jsonl", run.config.max_steps)
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
     if not final or not math.isfinite(float(final[0]["loss"])):
         return None
@@ -160,26 +159,19 @@ def outcome(run):
     return {"loss": final[0]["loss"], "bits_per_byte": final[0]["bits_per_byte"], "tokens_per_s": speed}
 
 
-def flops_left(run):
-    """What is still to be computed of a run, as its log tells."""
-    records = train.read_log(run.out / "log.jsonl", run.config.max_steps)
-    done = max((record["step"] for record in records), default=0)
-    return run.flops * (1 - done / run.config.max_steps)
-
-
 def execute(run, world, lock, on_step):
-    """Start or resume a run in a process of its own; (exit status, its error or else its last line). What it prints
-    goes to output.txt in its folder; on_step(step) is called for each line about a step."""
+    """Start or resume a run in a process of its own. Returns (exit status, its error or else its last line). Its output
+    goes to output.txt in its folder; on_step(run, step) is called for each line about a step."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
-        [sys.executable, *launcher, str(train.ROOT / "train.py"), *run.arguments],
+        [sys.executable, *launcher, str(ROOT / "train.py"), *run.arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        pass_fds=[lock.fileno()],  # should this process die alone, the lock is held until the run has ended too
-        start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
+        pass_fds=[lock.fileno()],  # if this process dies alone, the lock is held until the run has ended too
+        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
     error = last = ""
     try:
@@ -190,7 +182,7 @@ def execute(run, world, lock, on_step):
                 last = line.strip() or last
                 error = last if last.startswith("error:") else error
                 if step := re.match(r"step (\d+)/", line):
-                    on_step(int(step[1]))
+                    on_step(run, int(step[1]))
         return process.wait(), error or last
     except BaseException:
         process.terminate()
@@ -199,7 +191,7 @@ def execute(run, world, lock, on_step):
 
 
 def show(text, passing=False):
-    """Print a line. A passing one is overwritten by the next, and left out where the output is no terminal."""
+    """Print a line. A passing one is overwritten by the next, and left out where the output is not a terminal."""
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="" if passing else "\n", flush=True)
     elif not passing:
@@ -208,90 +200,75 @@ def show(text, passing=False):
 
 def run_all(runs, world, lock):
     """Run what is not finished, one after another; returns {name of a failed run: why}."""
-    left = {run.out.name: flops_left(run) for run in runs if outcome(run) is None}
-    began, done = time.monotonic(), 0.0
+    titles = {run.out.name: f"[{number}/{len(runs)}] {run.out.name}" for number, run in enumerate(runs, 1)}
+    # FLOPs of each run: still to compute (all of them, until its first line says where it resumes), and computed here
+    left = {run.out.name: run.flops for run in runs if outcome(run) is None}
+    done = {}
+    first_steps = {}
     failed = {}
+    began = time.monotonic()
 
     def remaining():
-        if done == 0:
+        if not any(done.values()):
             return "starting"
-        return f"{train.format_seconds((time.monotonic() - began) * sum(left.values()) / done)} left of all"
+        seconds = (time.monotonic() - began) * sum(left.values()) / sum(done.values())
+        return f"{format_seconds(seconds)} left in all"
 
-    for number, run in enumerate(runs, 1):
-        name, title = run.out.name, f"[{number}/{len(runs)}] {run.out.name}"
+    def on_step(run, step):
+        name, steps = run.out.name, run.config.max_steps
+        first = first_steps.setdefault(name, step)
+        done[name] = run.flops * (step - first) / steps
+        left[name] = run.flops * (steps - step) / steps
+        show(f"{titles[name]}: step {step}/{steps}, {remaining()}", passing=True)
+
+    for run in runs:
+        name, title = run.out.name, titles[run.out.name]
         if name not in left:
             show(f"{title}: finished before")
             continue
-
-        reached = None  # where it starts is known from its first line
-
-        def on_step(step, run=run, title=title):
-            nonlocal done, reached
-            steps = run.config.max_steps
-            if reached is not None:
-                done += run.flops * (step - reached) / steps
-            reached = step
-            left[run.out.name] = run.flops * (1 - step / steps)
-            show(f"{title}: step {step}/{steps}, {remaining()}", passing=True)
-
         show(f"{title}: {remaining()}", passing=True)
         run_began = time.monotonic()
         status, last = execute(run, world, lock, on_step)
-        took = train.format_seconds(time.monotonic() - run_began)
-        result = outcome(run)
-        left.pop(name)
-        if result:
+        took = format_seconds(time.monotonic() - run_began)
+        left[name] = 0
+        if result := outcome(run):
             show(f"{title}: val loss {result['loss']:.4f} after {took}, {remaining()}")
         else:
             failed[name] = f"it failed with status {status}" if status else "its last validation loss is not finite"
-            show(f"{title}: after {took} {failed[name]}: {last} (all it said is in {run.out}/output.txt)")
+            show(f"{title}: after {took} {failed[name]}: {last} (its whole output is in {run.out}/output.txt)")
     return failed
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What came of it
+# Results
 
 
-def student_t(confidence, df):
-    """The t with P(|T| ≤ t) = confidence for Student's T with a whole number df of degrees of freedom: 12.71 for 95 %
-    and 1, 4.30 for 2. Bisection on the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+def mean_interval(values):
+    """(mean, [low, high]) of a few numbers, with the 95 % confidence interval of the mean by Student's t. A single
+    number has no interval, no numbers have no mean either: None."""
+    from scipy import stats
 
-    def probability(t):
-        angle = math.atan(t / math.sqrt(df))
-        odd = df % 2
-        term, total = math.cos(angle) if odd else 1.0, 0.0
-        for k in range(2 + odd, df + 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, 1.0
-    while probability(high) < confidence:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
-    return high
-
-
-def mean_interval(values, confidence=0.95):
-    """(mean, [low, high]) of a few numbers, the interval by Student's t with n − 1 degrees of freedom; None for the
-    interval of a single number."""
-    mean = statistics.fmean(values)
+    mean = statistics.fmean(values) if values else None
     if len(values) < 2:
         return mean, None
-    half = student_t(confidence, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    t = float(stats.t.ppf(0.975, df=len(values) - 1))  # 2.5 % of the distribution lie above it, and 2.5 % below −t
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
     return mean, [mean - half, mean + half]
 
 
+def mean_result(results, name):
+    """The mean of a result over some runs; None if one of them does not have it."""
+    values = [result[name] for result in results]
+    return None if None in values else statistics.fmean(values)
+
+
 def finished_rows(runs):
-    """{name of a row: {seed: (run, its outcome)}} of the finished runs."""
+    """{name of a row: {seed: (run, its outcome)}} of the finished runs, in the order of the grid."""
     rows = {plot.label_of(run.case): {} for run in runs}
     for run in runs:
         if result := outcome(run):
             rows[plot.label_of(run.case)][run.config.seed] = run, result
-    return rows
+    return {name: by_seed for name, by_seed in rows.items() if by_seed}
 
 
 def summarize(runs):
@@ -303,13 +280,14 @@ def summarize(runs):
     finished = finished_rows(runs)
     rows = []
     for name, by_seed in finished.items():
-        if not by_seed:
-            continue
-        run, _ = next(iter(by_seed.values()))
+        run = next(iter(by_seed.values()))[0]
+        results = [result for _, result in by_seed.values()]
         losses = {seed: result["loss"] for seed, (_, result) in by_seed.items()}
-        bits = [result["bits_per_byte"] for _, result in by_seed.values()]
-        speeds = [result["tokens_per_s"] for _, result in by_seed.values()]
         mean = statistics.fmean(losses.values())
+        reference = plot.label_of(run.case | {"activation": first["activation"]} if several else first)
+        compared = finished.get(reference, {}) if name != reference else {}
+        paired = {seed: loss - compared[seed][1]["loss"] for seed, loss in losses.items() if seed in compared}
+        difference, interval = mean_interval(list(paired.values()))
         row = {
             "name": name,
             **run.case,
@@ -320,27 +298,22 @@ def summarize(runs):
             "loss": mean,
             "loss_std": statistics.stdev(losses.values()) if len(losses) > 1 else None,
             "perplexity": math.exp(min(mean, 700)),  # e^709 is the largest float
-            "bits_per_byte": None if None in bits else statistics.fmean(bits),
-            "reference": plot.label_of(run.case | {"activation": first["activation"]} if several else first),
-            "paired_seeds": [],
-            "difference": None,
-            "interval": None,
-            "tokens_per_s": None if None in speeds else statistics.fmean(speeds),
+            "bits_per_byte": mean_result(results, "bits_per_byte"),
+            "reference": reference,
+            "paired_seeds": list(paired),
+            "difference": difference,
+            "interval": interval,
+            "tokens_per_s": mean_result(results, "tokens_per_s"),
         }
-        reference = finished[row["reference"]]
-        paired = {seed: loss - reference[seed][1]["loss"] for seed, loss in losses.items() if seed in reference}
-        if paired and name != row["reference"]:
-            row["paired_seeds"] = list(paired)
-            row["difference"], row["interval"] = mean_interval(list(paired.values()))
         rows.append(row)
     return rows
 
 
 def verdict(row):
-    """What a row's difference to the first tells, in words."""
-    text = f"{row['name']} − {row['reference']}: {row['difference']:+.4f} nats a token"
+    """What a row's difference to its reference says, in words."""
+    text = f"{row['name']} − {row['reference']}: {row['difference']:+.4f} nats per token"
     if row["interval"] is None:
-        return f"{text}, of one seed, so without an interval."
+        return f"{text} for one seed, so without an interval."
     low, high = row["interval"]
     text += f" over {len(row['paired_seeds'])} seeds, its 95 % interval [{low:+.4f}, {high:+.4f}]"
     if low == high == 0:
@@ -377,13 +350,14 @@ def table(rows):
 
 
 def report(rows, failed):
-    """The text of results.md: the table, and what its differences tell."""
+    """The text of results.md: the table, and what its differences say."""
     readings = [f"- {verdict(row)}\n" for row in rows if row["difference"] is not None]
     readings += [f"- {name} is not in the table: {reason}.\n" for name, reason in failed.items()]
     return (
         f"{table(rows)}\n"
-        "Validation loss in nats a token, mean ± standard deviation over the seeds; perplexity and bits a byte are\n"
-        "those of the mean. Differences are paired by seed; their 95 % interval is Student's.\n\n" + "".join(readings)
+        "Validation loss in nats per token, mean ± standard deviation over the seeds; perplexity and bits per byte\n"
+        "are those of the mean. Differences are paired by seed; their 95 % interval is Student's.\n\n"
+        + "".join(readings)
     )
 
 
@@ -399,28 +373,49 @@ def write_results(rows, failed, out):
             writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
 
 
+def draw_figures(runs, out):
+    """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
+    rows = {name: [run for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items()}
+    figures = {"loss": (plot.draw_loss, itertools.chain(*rows.values()))}
+    for name, row in rows.items():
+        if list(get_activation(row[0].config.activation).module().parameters()):
+            file_name = f"scalars-{name}".replace(" ", "-").replace("/", "_")
+            figures[file_name] = plot.draw_scalars, row
+    for name, (draw, drawn) in figures.items():
+        try:
+            draw([run.out for run in drawn], out / f"{name}.png")
+            print(f"figure: {out}/{name}.png")
+        except UserError as error:
+            print(f"note: there is no figure {name}.png: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
 def compare(argv):
-    """Run a comparison; the exit status, 1 if a run of it failed."""
-    own, others = read_options(argv)
-    out, world = Path(own["out"]), own["nproc_per_node"]
+    """Run a comparison; the exit status, 1 if one of its runs failed."""
+    options, others = read_options(argv)
+    name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
+    out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
     runs = read_grid(others, out, world)
-    spread = print_grid(runs)
-    if spread > MATCHED and not own["unmatched"]:
+    differ = print_grid(runs)
+    if differ > MATCHED and not options.unmatched:
         raise UserError(
-            f"the parameters of these runs differ by {spread:.2%}, more than {MATCHED:.1%}, so the comparison "
-            f"would be one of sizes: make them alike, or say --unmatched"
+            f"the parameters of these runs differ by {differ:.2%}, more than {MATCHED:.1%}, so this would compare "
+            f"sizes: make them alike, or add --unmatched"
         )
     for run in runs:
         check_folder(run)
-    if own["dry_run"]:
+    if options.dry_run:
         return 0
     for config in {(run.config.data, run.config.device): run.config for run in runs}.values():
-        train.pick_device(config.device)
-        train.open_data(config)
+        pick_device(config.device)
+        open_data(config, {}, print)
     try:
         lock = lock_folder(out)
     except UserError:
-        print(f"another comparison writes to {out}: waiting for its end", flush=True)
+        print(f"another comparison writes to {out}: waiting until it ends", flush=True)
         lock = lock_folder(out, wait=True)
         for run in runs:
             check_folder(run)
@@ -436,25 +431,9 @@ def compare(argv):
     return 1 if failed else 0
 
 
-def draw_figures(runs, out):
-    """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
-    rows = {name: [run for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items() if by_seed}
-    figures = [(plot.draw_loss, [run.out for row in rows.values() for run in row], "loss")]
-    for name, row in rows.items():
-        if list(get_activation(row[0].config.activation).module().parameters()):
-            file_name = f"scalars-{name}".replace(" ", "-").replace("/", "_")
-            figures.append((plot.draw_scalars, [run.out for run in row], file_name))
-    for draw, folders, name in figures:
-        try:
-            draw(folders, out / f"{name}.png")
-            print(f"figure: {out}/{name}.png")
-        except UserError as error:
-            print(f"note: there is no figure {name}.png: {error}")
-
-
 def main(argv):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    return run_command(compare, argv, __doc__, "interrupted: the same command goes on from here")
+    return run_command(compare, argv, __doc__, "interrupted: the same command continues from here")
 
 
 if __name__ == "__main__":

@@ -3,66 +3,55 @@
     python -m tools.follow out/NAME --to=tensorboard      then  tensorboard --logdir out
     python -m tools.follow out/NAME --to=wandb            project nanoxielu, or that of WANDB_PROJECT
 
-It waits for what the run has yet to write, and ends when the run is finished, or with Ctrl-C. Started again, also after
-the run was resumed, it goes on with the same record. train.py knows nothing of it: all that is read is config.json and
-log.jsonl.
+It waits for what the run has yet to write, and ends when the run is finished, or with Ctrl-C. If it is started again,
+also after the run was resumed, it continues the same record. train.py does not know about it: it reads config.json and
+log.jsonl, and nothing else.
 """
 
 import json
-import math
 import os
 import secrets
 import sys
 import time
 from pathlib import Path
 
-import train
-from data import UserError
-from tools.command import run_command
+from command import Parser, UserError, run_command
+from files import write_atomically
+from run import read_about, read_log
 
 POLL_SECONDS = 2
 
 
 def scalars(record):
-    """{name: number} of a line of the log: train/loss, val/bits_per_byte, val/alpha_p/layer 3, …"""
+    """{name: number} of a record of the log: train/loss, val/bits_per_byte, val/alpha_p/layer 3, …"""
     values = {}
     for name, value in record.items():
+        tag = f"{record['kind']}/{name}"
         if isinstance(value, list):
-            values |= {f"{record['kind']}/{name}/layer {number}": one for number, one in enumerate(value, 1)}
+            values |= {f"{tag}/layer {number}": one for number, one in enumerate(value, 1)}
         elif name != "step":
-            values[f"{record['kind']}/{name}"] = value
-    return {
-        name: value for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-def read_config(out):
-    """The config of a run; UserError where there is none."""
-    try:
-        config = json.loads((out / "config.json").read_text("utf-8"))["config"]
-        int(config["max_steps"])
-        return config
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{out} is no run of train.py: it has no config.json that can be read") from None
+            values[tag] = value
+    return {tag: value for tag, value in values.items() if type(value) in (int, float)}
 
 
 def follow(out):
-    """Yield each record of a run's growing log once, by its kind and step, until the run is finished. A run that is
-    resumed replaces its log by one that says the same as far as it goes."""
+    """Yield each record of a run's growing log once, until the run is finished. A run that is resumed replaces its log
+    by one that says the same up to where it resumes, so a record is known by its kind and step."""
     seen = set()
     while True:
-        for record in train.read_log(out / "log.jsonl", math.inf):
+        for record in read_log(out / "log.jsonl"):
             key = record["kind"], record["step"]
             if key not in seen:
                 seen.add(key)
                 yield record
-        if ("val", read_config(out)["max_steps"]) in seen:
+        if ("val", read_about(out)["config"]["max_steps"]) in seen:
             return
         time.sleep(POLL_SECONDS)
 
 
 def to_tensorboard(out, config):
-    """A function that writes a record into event files. They are made anew: no point is there twice."""
+    """A function that writes a record into event files. They begin anew each time, so that no point is in them
+    twice."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -82,7 +71,8 @@ def to_tensorboard(out, config):
 
 
 def to_wandb(out, config):
-    """A function that sends a record to a run of W&B. Its id, and the last step sent, lie in wandb.json."""
+    """A function that sends a record to a run of W&B. The run's id and the last step that was sent are in
+    wandb.json."""
     try:
         import wandb
     except ImportError:
@@ -98,17 +88,15 @@ def to_wandb(out, config):
     try:
         run = wandb.init(project=project, id=state["id"], resume="allow", name=name, config=config, dir=str(out))
     except wandb.errors.Error as error:
-        raise UserError(
-            f"W&B does not begin a record ({error}): say  wandb login  once, or set WANDB_MODE=offline"
-        ) from None
+        hint = "run `wandb login` once, or set WANDB_MODE=offline"
+        raise UserError(f"W&B does not start a record ({error}): {hint}") from None
 
     def write(record):
-        # W&B gathers what has the same step, and takes no step below the last
-        if record["step"] < state["step"]:
-            return
-        run.log(scalars(record), step=record["step"])
-        state["step"] = record["step"]
-        train.write_atomically(path, lambda file: file.write(json.dumps(state).encode()))
+        # W&B adds what has the same step, and refuses a step below the last
+        if record["step"] >= state["step"]:
+            run.log(scalars(record), step=record["step"])
+            state["step"] = record["step"]
+            write_atomically(path, lambda file: file.write(json.dumps(state).encode()))
 
     return write
 
@@ -117,18 +105,16 @@ TARGETS = {"tensorboard": to_tensorboard, "wandb": to_wandb}
 
 
 def mirror(argv):
-    """Follow the run that a command line names to where it says."""
-    places = [argument for argument in argv if not argument.startswith("--")]
-    options = [argument for argument in argv if argument.startswith("--")]
-    target = options[0].removeprefix("--to=") if len(options) == 1 else None
-    if len(places) != 1 or target not in TARGETS:
-        raise UserError(f"say which run, and --to={' or --to='.join(TARGETS)}: see python -m tools.follow --help")
-    out = Path(places[0])
-    write = TARGETS[target](out, read_config(out))
-    print(f"following {out}; Ctrl-C ends it")
-    for record in follow(out):
+    """Follow the run that a command line names."""
+    parser = Parser("python -m tools.follow")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--to", required=True, choices=TARGETS)
+    options = parser.parse_args(argv)
+    write = TARGETS[options.to](options.run, read_about(options.run)["config"])
+    print(f"following {options.run}; Ctrl-C ends it")
+    for record in follow(options.run):
         write(record)
-    print(f"{out} is finished")
+    print(f"{options.run} is finished")
 
 
 def main(argv):

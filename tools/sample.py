@@ -2,18 +2,18 @@
 
     python -m tools.sample out/demo --prompt="def " --tokens=200
 
-    --prompt=TEXT              what the text begins with; default: nothing, the start of a document
+    --prompt=TEXT              how the text begins; default: nothing, the start of a document
     --prompt_file=FILE         the same from a file, or from standard input with -
     --tokens=200               how many to write; a text also ends where the model ends it
-    --temperature=0.8          0 takes the likeliest token each time
-    --top_k=50                 choose among so many of the likeliest; 0 for all
+    --temperature=0.8          0 takes the most likely token each time
+    --top_k=50                 choose among so many of the most likely; 0 for all
     --seed=1                   of the choices; the same seed gives the same text
     --num=1                    how many texts
     --tokenizer=NAME           where the data's meta.json names none
     --device=auto --dtype=auto as in train.py
 
-A model has seen seq_len tokens at once, no more: of a longer prompt it reads the last seq_len, and when a text reaches
-that, the older half is forgotten and the newer half read again, as if the text began there.
+A model has been trained on seq_len tokens at once. Of a longer prompt it reads the last seq_len. When a text reaches
+seq_len, the model forgets the older half and reads the newer half again, as if the text began there.
 """
 
 import codecs
@@ -26,30 +26,38 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import train
-from data import UserError, get_tokenizer
-from model import Linear, Llama
-from prepare_data import Parser, count
-from tools.command import run_command
+import machine
+import xielu
+from command import Parser, UserError, run_command, whole_number
+from config import Config, check_limits, typed_keys
+from identity import check_activation
+from model import Llama
+from run import load_checkpoint
+from tokenizer import get_tokenizer
 
 
 def load_run(out, device, dtype):
-    """(model, Config, name of the tokenizer or None) of the newest checkpoint in a run's folder; its matrices already
-    in `dtype`, to which they would be cast for every token otherwise."""
-    checkpoint = train.load_checkpoint(Path(out))
+    """(model, Config, name of its tokenizer or None) of the newest checkpoint in a run's folder.
+
+    The matrices are already in `dtype`: otherwise each would be cast for every token. UserError if there is no
+    checkpoint, or if the code of its activation has changed since.
+    """
+    checkpoint = load_checkpoint(Path(out))
     if checkpoint is None:
         raise UserError(f"{out} has no ckpt.pt: give the folder of a run that has saved one")
-    config = train.Config(**train.typed_keys(checkpoint["config"], f"in {out}/ckpt.pt"))
-    model_config = train.check(config, 1)
-    train.check_formula(checkpoint, config)
+    config = Config(**typed_keys(checkpoint["config"], f"in {out}/ckpt.pt"))
+    check_activation(checkpoint, config)
     with torch.device(device):
-        model = Llama(model_config, dtype)
-    model.to(device)  # the rotary table, which is made on the CPU
+        model = Llama(config, dtype)
     model.load_state_dict(checkpoint["model"])
-    for module in model.modules():
-        if isinstance(module, Linear | torch.nn.Embedding):
-            module.to(dtype)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            weight.data = weight.data.to(dtype)
     return model.eval(), config, checkpoint["data"].get("tokenizer")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 class Cache:
@@ -58,14 +66,11 @@ class Cache:
 
     def __init__(self, model):
         self.model = model
-        self.clear()
-
-    def clear(self):
         self.tokens = 0
-        self.keys_values = [None] * len(self.model.layers)
+        self.keys_values = [None] * len(model.layers)
 
     def read(self, tokens):
-        """Logits (vocab_size,) after these further tokens, a list. Several at once only where nothing was read yet."""
+        """Logits (vocab_size,) after these further tokens, a list. Only the first call may get several at once."""
         model, end = self.model, self.tokens + len(tokens)
         cos, sin = model.cos[self.tokens : end], model.sin[self.tokens : end]
         x = model.embed_tokens(torch.tensor([tokens], device=cos.device)).to(model.compute_dtype)
@@ -85,7 +90,7 @@ class Cache:
 
 
 def choose(logits, temperature, top_k, generator):
-    """A token by its logits (vocab_size,)."""
+    """A token, chosen by its logits (vocab_size,)."""
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())
@@ -102,7 +107,7 @@ def generate(model, prompt, count, temperature, top_k, generator):
     unread = text[-limit:]
     for _ in range(count):
         if cache.tokens == limit:
-            cache.clear()
+            cache = Cache(model)
             unread = text[-max(1, limit // 2) :]
         text.append(choose(cache.read(unread), temperature, top_k, generator))
         unread = text[-1:]
@@ -110,12 +115,13 @@ def generate(model, prompt, count, temperature, top_k, generator):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tokenizers: each is (function text → tokens, what begins a text included; the token that ends one; function that
-# gives a decoder, which takes token after token and returns the text that each one completes)
+# Tokenizers: each is (encode, end, start_decoding). encode(text) → tokens, with what begins a document; end: the token
+# that ends one; start_decoding() → a function that takes one token after another and returns the text that each
+# completes, because a letter may be several tokens.
 
 
 def own_encoding(name, config):
-    """The tiktoken.Encoding that prepare_data.py knows by this name; UserError if the run cannot have had it."""
+    """The tiktoken.Encoding of this name; UserError if it has more ids than the run's vocabulary."""
     encoding = get_tokenizer(name)
     if encoding.n_vocab > config.vocab_size:
         raise UserError(f"{name} has {encoding.n_vocab} ids, more than the run's vocab_size={config.vocab_size}")
@@ -123,22 +129,22 @@ def own_encoding(name, config):
 
 
 def own_tokenizer(encoding):
-    """The one of a tiktoken.Encoding."""
-    # the ids that stand for text; a padded vocabulary has some that do not
+    """The tokenizer of a tiktoken.Encoding."""
+    # A padded vocabulary has ids that stand for no text.
     text_of = {encoding.encode_single_token(text): text for text in encoding.token_byte_values()}
 
     def encode(text):
         return [encoding.eot_token, *encoding.encode_ordinary(text)]
 
     def start_decoding():
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may be several tokens
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: decoder.decode(text_of.get(token, b""))
 
     return encode, encoding.eot_token, start_decoding
 
 
 def imported_tokenizer(out):
-    """The one that tools.hf has put into the folder of a run that it imported."""
+    """The tokenizer that tools.hf has copied into the folder of a run that it imported."""
     if not (out / "tokenizer.json").exists():
         raise UserError(f"the data of {out} has no meta.json that names its tokenizer: give --tokenizer=gpt2, say")
     from tokenizers import Tokenizer
@@ -165,33 +171,29 @@ def imported_tokenizer(out):
 # Command line
 
 
-def parse(argv):
-    """The options of a command line as a namespace; UserError where it is wrong."""
-    parser = Parser(prog="python -m tools.sample", add_help=False)
-    parser.add_argument("out", metavar="RUN")
+def read_options(argv):
+    """The options of a command line as a namespace; UserError if it is wrong."""
+    parser = Parser("python -m tools.sample")
+    parser.add_argument("out", metavar="RUN", type=Path)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", default="")
     prompts.add_argument("--prompt_file")
-    parser.add_argument("--tokens", type=count, default=200)
+    parser.add_argument("--tokens", type=whole_number, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num", type=count, default=1)
+    parser.add_argument("--num", type=whole_number, default=1)
     parser.add_argument("--tokenizer")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     options = parser.parse_args(argv)
-    if not 0 <= options.temperature < math.inf:
-        raise UserError(f"temperature must be at least 0, not {options.temperature}")
-    if options.top_k < 0:
-        raise UserError(f"top_k must be at least 0, not {options.top_k}")
-    if not 0 <= options.seed < 2**63:
-        raise UserError(f"seed must be at least 0 and below 2**63, not {options.seed}")
+    for name, below in (("temperature", math.inf), ("top_k", math.inf), ("seed", 2**63)):
+        check_limits(name, getattr(options, name), help="", low=0, below=below, choices=None)
     return options
 
 
 def read_prompt(options):
-    """The prompt as text, from wherever it is."""
+    """The prompt as text: the option itself, a file, or standard input."""
     if options.prompt_file is None:
         return options.prompt
     file = sys.stdin.buffer if options.prompt_file == "-" else open(options.prompt_file, "rb")
@@ -202,16 +204,16 @@ def read_prompt(options):
 def write_texts(options):
     """Print the texts that the options ask for, token by token."""
     prompt = read_prompt(options)
-    device = train.pick_device(options.device)
-    dtype = train.pick_dtype(options.dtype, device)
-    model, config, tokenizer = load_run(options.out, device, dtype)
-    if options.tokenizer or tokenizer:
-        encode, end, start_decoding = own_tokenizer(own_encoding(options.tokenizer or tokenizer, config))
+    device = machine.pick_device(options.device)
+    dtype = machine.pick_dtype(options.dtype, device)
+    model, config, known = load_run(options.out, device, dtype)
+    if name := options.tokenizer or known:
+        encode, end, start_decoding = own_tokenizer(own_encoding(name, config))
     else:
-        encode, end, start_decoding = imported_tokenizer(Path(options.out))
+        encode, end, start_decoding = imported_tokenizer(options.out)
     tokens = encode(prompt)
     print(f"{options.out} on {device.type} in {str(dtype)[6:]}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # of a terminal that has not all letters
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all letters
     generator = torch.Generator().manual_seed(options.seed)
     for number in range(options.num):
         if number:
@@ -226,9 +228,10 @@ def write_texts(options):
 
 
 def sample(argv):
+    """Do what a command line asks for."""
+    xielu.COMPILE = False  # compiling takes longer than writing
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiling takes longer than writing
-            write_texts(parse(argv))
+        write_texts(read_options(argv))
     except BrokenPipeError:  # as with  | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,0 +1,39 @@
+"""Files that are never half written, and folders that have one writer."""
+
+import os
+
+from command import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file and rename it to `path`, so that a file of this name is always complete.
+    Returns what write returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            result = write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return result
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def lock_folder(folder, wait=False):
+    """Create a folder and lock it. Returns an open file that holds the lock until it is closed or the process dies,
+    however it dies. If another process has the lock, wait for it, or raise UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"another process writes to {folder}: wait until it ends, or choose another --out") from None
+    return file

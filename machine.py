@@ -1,0 +1,163 @@
+"""What a run runs on: the processes that torchrun started, the device, the dtype, and the signals that stop it."""
+
+import os
+import platform
+import signal
+import subprocess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from command import UserError
+
+# torchrun tells each process who it is
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def say(text):
+    """Print a line, from the first process only."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device
+
+
+def pick_device(name):
+    """The torch.device called `name`, for this process; auto: CUDA, else Apple's GPU, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(name for name in available if available[name])
+    if not available.get(name):
+        raise UserError(f"device={name} is not available here: use --device=cpu, or leave it auto")
+    if name == "cuda" and LOCAL_WORLD > torch.cuda.device_count():
+        raise UserError(f"{LOCAL_WORLD} processes need as many GPUs, and this node has {torch.cuda.device_count()}")
+    if name == "mps" and WORLD > 1:
+        raise UserError("device=mps runs one process: start train.py with python, or use --device=cpu")
+    return torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    """torch.float32 or torch.bfloat16; auto: bfloat16 where the hardware computes in it at full speed. A CPU without
+    AMX does not, nor does a GPU before Ampere; Apple's have not been measured. They get float32, and never float16,
+    which would need its loss scaled."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+# Dense bf16 peak in FLOP/s by what the device's name contains (from the makers' data sheets); the first match counts
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,  # GH200 too
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device, dtype):
+    """The device's peak in FLOP/s, or None if it is not in the table."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(device)), None)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def be_deterministic(device, wanted=False):
+    """Give the same losses, bit for bit, every time: always on a CPU, where it costs nothing (compiled code does not do
+    so by itself), elsewhere if wanted."""
+    if device.type == "cpu" or wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def git_commit():
+    """The commit of this code, followed by "-dirty" if files differ from it; None outside a git checkout."""
+    describe = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    except OSError:  # git is not installed
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def join_processes(device, run):
+    """Connect to the other processes; UserError if they see another run, a value that must be the same on all.
+
+    torchrun's store survives a restart, with the addresses of dead processes in it, so each attempt gets a part of the
+    store to itself.
+    """
+    if WORLD == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend, store = "nccl" if device.type == "cuda" else "gloo", None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.PrefixStore(f"attempt{RESTARTS}", dist.TCPStore(address, port, WORLD, is_master=False))
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    runs = [None] * WORLD
+    dist.all_gather_object(runs, run)
+    if runs != runs[:1] * WORLD:
+        raise UserError(f"the processes see different runs in {run[0]}: it must be on a disk that all nodes share")
+
+
+def share_of(batch):
+    """This process's rows of a batch."""
+    return batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
+
+
+def summed(values, device):
+    """A list of numbers, each summed over all processes."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if WORLD > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Signals
+
+# The signal that told this process to stop, or 0. The loop looks at it between steps, because a process must not end
+# in the middle of an exchange with the others.
+stop_signal = 0
+
+
+def note_signal(number, frame):
+    """Signal handler: remember the signal; a second one ends a lone process at once."""
+    global stop_signal
+    if stop_signal and WORLD == 1:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    stop_signal = number
+
+
+def watch_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_signal)

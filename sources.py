@@ -1,0 +1,230 @@
+"""Where documents come from. A source yields (position, documents) in a fixed order: a batch of whole documents, about
+PIECE characters together, and where it begins. The position is a value that JSON can hold; given back to the source,
+it yields the same batches from there."""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from command import UserError
+
+PIECE = 2**20  # characters that are tokenized at once
+MOST_DOCUMENTS = 2**14  # in a batch, however short they are
+
+
+def batches(documents):
+    """Yield lists of consecutive documents that have at least PIECE characters together, or MOST_DOCUMENTS."""
+    batch, characters = [], 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= PIECE or len(batch) >= MOST_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files on this machine
+
+
+class Skipped(dict):
+    """What could not be used: {reason: (how often, where the first ten times)}."""
+
+    def note(self, reason, where):
+        count, places = self.get(reason, (0, []))
+        self[reason] = count + 1, places + [str(where)] * (len(places) < 10)
+
+    def report(self):
+        for reason, (count, places) in self.items():
+            more = ", …" if count > len(places) else ""
+            print(f"{reason}: {count} ({', '.join(places)}{more})", file=sys.stderr)
+
+
+def read_txt(file, path, skipped):
+    """The file as one document."""
+    content = file.read()
+    try:
+        yield content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        skipped.note("U+FFFD replaces bytes that are not UTF-8 in texts", path)
+        yield content.decode("utf-8-sig", "replace")
+
+
+def read_jsonl(file, path, skipped):
+    """One document per line: {"text": …}."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if isinstance(text, str):
+            yield text
+        else:
+            skipped.note('skipped lines that are not a JSON object with a "text"', f"{path}:{number}")
+
+
+def read_parquet(file, path, skipped):
+    """One document per row of the column "text"."""
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(file)
+    if "text" not in table.schema_arrow.names:
+        skipped.note('skipped parquet files without a column "text"', path)
+        return
+    for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+        for text in batch.column(0).to_pylist():
+            if isinstance(text, str):
+                yield text
+            else:
+                skipped.note("skipped parquet rows without a text", path)
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+def kind(path):
+    """.txt, .jsonl or .parquet, whatever compression follows; None for any other file."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+
+
+def read_files(paths, skipped):
+    """Yield the documents of these files. If a file cannot be read to its end, the rest of it is skipped."""
+    import pyarrow
+
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                if compression := COMPRESSIONS.get(Path(path).suffix):
+                    file = io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
+                yield from READERS[kind(path)](file, path, skipped)
+        except (OSError, EOFError, ValueError) as error:
+            skipped.note(f"skipped unreadable files ({type(error).__name__})", path)
+
+
+def find_files(source, skipped):
+    """The text files that a file, a folder or a glob names, sorted. UserError if there are none."""
+    if source and Path(source).is_dir():
+        walk = os.walk(source, onerror=lambda error: skipped.note("skipped unreadable folders", error.filename))
+        found = [os.path.join(folder, name) for folder, _, names in walk for name in names]
+    else:
+        found = [source] if Path(source).is_file() else glob.glob(source, recursive=True)
+    files = sorted(path for path in found if kind(path) and os.path.isfile(path))
+    if not files:
+        raise UserError(
+            f"there is no text at {source!r}: give stdlib, fineweb-edu, or a file, folder or glob of "
+            f"{', '.join(READERS)} ({' or '.join(COMPRESSIONS)} may follow)"
+        )
+    return files
+
+
+def stdlib_files():
+    """The .py files of this Python's standard library, without its tests. Their order is that of a hash of their names,
+    so that the first million bytes are a fair validation split."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
+    names = [name for name in names if not left_out & set(name.split("/"))]
+    return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# FineWeb-Edu
+
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+# Seconds to wait after each failure in a row: about six minutes, then give up
+PATIENCE = [1, 2, 5, 15, 30, 60, 60, 60, 60, 60]
+
+
+def read_fineweb_edu(subset, position):
+    """Yield (position, documents) of FineWeb-Edu from a position (None: the beginning), streamed from Hugging Face in
+    the order of its files. After a failure the current batch is read again."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    texts, failures = None, 0
+    while True:
+        try:
+            if position is None:  # keep to today's revision, since the data set may change while it is read
+                position = {"revision": HfApi().dataset_info(FINEWEB_EDU).sha, "state": None}
+            if texts is None:
+                dataset = load_dataset(
+                    FINEWEB_EDU, subset, split="train", streaming=True, revision=position["revision"], columns=["text"]
+                )
+                if position["state"]:
+                    dataset.load_state_dict(position["state"])
+                texts = batches(row["text"] for row in dataset)
+            batch = next(texts, None)
+        except Exception as error:
+            if is_final(error) or failures == len(PATIENCE):
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise UserError(f"FineWeb-Edu ({subset}) could not be read from Hugging Face: {reason}") from None
+            print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
+            time.sleep(PATIENCE[failures])
+            texts, failures = None, failures + 1
+            continue
+        if not batch:
+            return
+        yield position, batch
+        position, failures = position | {"state": dataset.state_dict()}, 0
+
+
+def is_final(error):
+    """Whether another try is of no use: the data set or the subset does not exist, or the client is set to offline."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    response = getattr(error, "response", None)
+    if isinstance(error, HfHubHTTPError) and response is not None:
+        return response.status_code < 500 and response.status_code not in (408, 429)
+    return type(error) is ValueError or isinstance(error, DatasetNotFoundError | OfflineModeIsEnabled)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """read(position, or None for the beginning) yields (position, documents). `name` is for meta.json. `fingerprint`
+    changes when files on this machine do. `size` is their bytes, None for a source that is elsewhere."""
+
+    name: str
+    read: Callable
+    fingerprint: str = ""
+    size: int | None = None
+
+
+def open_source(name, subset, skipped):
+    """The Source that a command line names; what cannot be used is noted in `skipped`. UserError if there is none."""
+    if name == "fineweb-edu":
+        return Source(f"{FINEWEB_EDU} {subset}", partial(read_fineweb_edu, subset))
+    if name == "stdlib":
+        files = stdlib_files()
+        documents = (path.read_text("utf-8", "replace") for path in files)
+        name = f"stdlib of Python {platform.python_version()}"
+    else:
+        files = find_files(name, skipped)
+        documents = read_files(files, skipped)
+
+    def read(position):  # which is the number of batches before it
+        return islice(enumerate(batches(documents)), position or 0, None)
+
+    facts = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+    fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return Source(name, read, fingerprint, sum(size for _, size, _ in facts))
