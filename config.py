@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent
 # The keys
 
 
-def key(default, help, low=-math.inf, below=math.inf, choices=None):
-    """A config key. A number must satisfy low ≤ number < below; a text must be one of the choices."""
-    return field(default=default, metadata={"help": help, "low": low, "below": below, "choices": choices})
+def key(default, help, low=-math.inf, below=math.inf, most=math.inf, choices=None):
+    """A config key. A number must satisfy low ≤ number < below and number ≤ most; a text must be one of the choices."""
+    limits = {"low": low, "below": below, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,11 @@ class Config(ModelConfig):
     seed: int = key(42, "of the initial weights and the data order", low=0, below=2**53)
     # machine
     device: str = key("auto", "auto takes the best there is", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = key(
-        "auto", "auto takes bfloat16 where the hardware computes in it", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = key("auto", "auto takes bfloat16 where it is clearly faster", choices=("auto", "float32", "bfloat16"))
     compile: bool = key(True, "compile the model; the first step takes longer, the others are faster")
+    memory_budget: float = key(
+        1.0, "share of what a compiled layer keeps for the backward pass that it keeps; 0 recomputes all", low=0, most=1
+    )
     deterministic: bool = key(False, "the same losses, bit for bit, on CUDA too, but slower; a CPU always does so")
     # run
     out: str = key("", "folder of the run; default out/NAME, after the config file")
@@ -133,12 +135,14 @@ class Config(ModelConfig):
         )
 
 
-def check_limits(name, value, help, low, below, choices):
+def check_limits(name, value, help="", low=-math.inf, below=math.inf, most=math.inf, choices=None):
     """UserError unless a value is within the limits of its key."""
     if choices and value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    if isinstance(value, int | float) and not low <= value < below:
-        limits = f"at least {low}" + (f" and below {below}" if below < math.inf else "")
+    if isinstance(value, int | float) and not (low <= value < below and value <= most):
+        limits = f"at least {low}"
+        limits += f" and below {below}" if below < math.inf else ""
+        limits += f" and at most {most}" if most < math.inf else ""
         raise UserError(f"{name} must be {limits}, not {value}")
 
 

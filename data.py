@@ -22,13 +22,13 @@ import numpy as np
 
 from command import UserError
 
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
-# magic number → (version, dtype of a token)
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+HEADER_BYTES = 4 * 256
+# (magic number, version) → dtype of a token
+FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 # How content_hash samples a shard: shards of up to 4096 tokens are covered completely
 SAMPLES = 64
 SAMPLE_TOKENS = 64
+SMALLER_IDS = "raise vocab_size, or prepare the data with a smaller tokenizer"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -56,24 +56,19 @@ def token_dtype(vocab_size):
 
 def shard_header(dtype, tokens):
     """The 1024 bytes that precede `tokens` tokens of this dtype."""
-    magic, version = next((magic, version) for magic, (version, d) in FORMATS.items() if d == dtype)
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = magic, version, tokens
-    return header.tobytes()
+    magic, version = next(numbers for numbers, known in FORMATS.items() if known == dtype)
+    return np.array([magic, version, tokens], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
 
 
 def open_shard(path):
     """The Shard in this file. UserError if its header is not that of a shard or does not fit the size of the file."""
-    path = Path(path)
-    header = np.fromfile(path, "<i4", HEADER_INTS)
-    if len(header) < HEADER_INTS:
+    header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    if header.nbytes < HEADER_BYTES:
         raise UserError(f"{path} is not a shard: it is shorter than the header; prepare it again or delete it")
-    magic, version, tokens = (int(value) for value in header[:3])
-    if magic not in FORMATS:
-        raise UserError(f"{path} is not a shard: its magic number is {magic}, not {' or '.join(map(str, FORMATS))}")
-    expected_version, dtype = FORMATS[magic]
-    if version != expected_version:
-        raise UserError(f"{path} has version {version} of the shard format; this code reads version {expected_version}")
+    magic, version, tokens = header[:3].tolist()
+    dtype = FORMATS.get((magic, version))
+    if dtype is None:
+        raise UserError(f"{path} is not a shard: magic number {magic} and version {version} are of no known format")
     held = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
     if held != tokens:
         raise UserError(f"{path} is damaged: its header says {tokens} tokens, but it holds {held:g}; prepare it again")
@@ -198,11 +193,9 @@ class Corpus:
     def read(self, shard, start, count):
         """Tokens start … start + count − 1 of a shard: (count,) int64. UserError if one is not below vocab_size."""
         tokens = shard.read(start, count)
-        if tokens.max(initial=0) >= self.vocab_size:
-            raise UserError(
-                f"{shard.path} holds token {tokens.max()}, beyond vocab_size={self.vocab_size}: "
-                f"raise vocab_size, or prepare the data with a smaller tokenizer"
-            )
+        largest = tokens.max(initial=0)
+        if largest >= self.vocab_size:
+            raise UserError(f"{shard.path} holds token {largest}, beyond vocab_size={self.vocab_size}: {SMALLER_IDS}")
         return tokens
 
     def sequence(self, number):
@@ -273,7 +266,7 @@ def open_data(config, began, say):
     if meta and meta["vocab_size"] > config.vocab_size:
         raise UserError(
             f"{config.data} was tokenized with {meta['tokenizer']} ({meta['vocab_size']} ids), more than "
-            f"vocab_size={config.vocab_size}: raise vocab_size, or prepare the data with a smaller tokenizer"
+            f"vocab_size={config.vocab_size}: {SMALLER_IDS}"
         )
     corpus = Corpus(config.data, "train", config.seq_len, config.vocab_size)
     validation = Corpus(config.data, "val", config.seq_len, config.vocab_size)

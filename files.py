@@ -36,4 +36,6 @@ def lock_folder(folder, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise UserError(f"another process writes to {folder}: wait until it ends, or choose another --out") from None
+    except OSError as error:
+        print(f"warning: {folder} is on a disk without locks ({error.strerror}): start one run in it at a time")
     return file

@@ -76,23 +76,21 @@ class Stream:
 
     def __init__(self, encoded):
         self.encoded = encoded
-        self.position, self.used = None, 0
-        self.rest = np.array([], np.uint32)
+        self.position, self.tokens, self.used = None, np.array([], np.uint32), 0
 
     def more(self):
         """Whether there are more tokens. Reads the next batch if the current one is used up."""
-        while not len(self.rest):
+        if self.used >= len(self.tokens):
             batch = next(self.encoded, None)
             if batch is None:
                 return False
-            self.position, self.rest = batch
-            self.used = 0
+            (self.position, self.tokens), self.used = batch, 0
         return True
 
     def take(self, count):
         """Yield arrays of `count` tokens together, or of all that are left."""
         while count > 0 and self.more():
-            array, self.rest = self.rest[:count], self.rest[count:]
+            array = self.tokens[self.used : self.used + count]
             self.used += len(array)
             count -= len(array)
             yield array
@@ -124,34 +122,26 @@ def shard_path(out, index):
     return out / f"{out.name}_{'train' if index else 'val'}_{index:06d}.bin"
 
 
-def write_shard(file, arrays, dtype):
-    """Write the tokens of these arrays in the format of a shard."""
-    tokens = 0
-    file.write(bytes(HEADER_BYTES))  # the header needs the number of tokens, so it is written last
-    for array in arrays:
-        file.write(array.astype(dtype).tobytes())
-        tokens += len(array)
-    file.seek(0)
-    file.write(shard_header(dtype, tokens))
-
-
 def write_shards(stream, out, encoding, sizes, state, bar):
     """Write the shards that `state` does not have yet; after each, bring `state` and meta.json.part up to date.
     `sizes` are the tokens in a shard of each split, "val" and "train", and in "all" shards together."""
     dtype, widths = token_dtype(encoding.n_vocab), token_widths(encoding)
 
-    def counted(arrays, counts):
-        for array in arrays:
+    def write_shard(file):
+        split = "train" if state["shards"] else "val"
+        counts, before = state["splits"][split], written(state)
+        file.write(bytes(HEADER_BYTES))  # the header needs the number of tokens, so it is written last
+        for array in stream.take(min(sizes[split], sizes["all"] - before)):
+            file.write(array.astype(dtype).tobytes())
+            bar.update(len(array))
             counts["tokens"] += len(array)
             counts["bytes"] += int(widths[array].sum())
             counts["documents"] += int((array == encoding.eot_token).sum())
-            bar.update(len(array))
-            yield array
+        file.seek(0)
+        file.write(shard_header(dtype, written(state) - before))
 
-    while (left := sizes["all"] - written(state)) > 0 and stream.more():
-        split = "train" if state["shards"] else "val"
-        arrays = counted(stream.take(min(left, sizes[split])), state["splits"][split])
-        write_atomically(shard_path(out, state["shards"]), partial(write_shard, arrays=arrays, dtype=dtype))
+    while written(state) < sizes["all"] and stream.more():
+        write_atomically(shard_path(out, state["shards"]), write_shard)
         state |= {"shards": state["shards"] + 1, "position": stream.position, "used": stream.used}
         write_json(out / "meta.json.part", state)
 
@@ -186,8 +176,9 @@ def examine(out, settings, fingerprint):
     unfinished = out / "meta.json.part"
     if any(not (is_ours(out, path) and unfinished.exists()) for path in out.glob("*.bin")):
         raise UserError(f"{out} already holds shards from elsewhere: choose another --out, or delete them")
-    fresh, left = beginning(settings, fingerprint), read_unfinished(unfinished)
-    if not left or left.keys() != fresh.keys() or not left["shards"]:
+    fresh = beginning(settings, fingerprint)
+    left = read_unfinished(unfinished, fresh.keys())
+    if not left or not left["shards"]:
         return fresh, ""
     if left["settings"] != settings:
         raise UserError(f"{out} holds unfinished data of other settings: choose another --out, or delete it")
@@ -198,13 +189,13 @@ def examine(out, settings, fingerprint):
     return left, f"has {left['shards']} shards with {written(left):,} tokens: continuing from there"
 
 
-def read_unfinished(path):
-    """The dict in a meta.json.part, or None if it cannot be read."""
+def read_unfinished(path, keys):
+    """The dict in a meta.json.part, or None if it cannot be read or has other keys than these."""
     try:
         state = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return state if state.keys() == keys else None
+    except (OSError, ValueError, AttributeError):
         return None
-    return state if isinstance(state, dict) else None
 
 
 def intact(out, state):
@@ -290,8 +281,8 @@ def fill(args, source, encoding, state):
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
             sizes["val"] = found // 10
         stream = Stream(encoded)
-        for _ in stream.take(state["used"]):
-            pass
+        stream.more()  # reads the batch in which the last complete shard ended
+        stream.used = state["used"]
         write_shards(stream, args.out, encoding, sizes, state, bar)
 
 

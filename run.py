@@ -94,6 +94,10 @@ def begin(from_file, options):
     asked = from_file | options
     out, resume = Path(asked["out"]), asked["resume"] or RESTARTS > 0
     lock = lock_folder(out) if RANK == 0 and out.exists() else None
+    if resume and asked["dtype"] == "auto" and (out / "config.json").exists():
+        # what auto took is written there before the first step; the machine may be busier now, and decide otherwise
+        options = options | {"dtype": read_about(out)["config"]["dtype"]}
+        asked = from_file | options
     state = load_checkpoint(out) if resume else None
     config = resumed(state, from_file, options | {"out": asked["out"]}) if state else Config(**asked)
     config.check_batch(WORLD)

@@ -158,31 +158,27 @@ def read_fineweb_edu(subset, position):
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
-    texts, failures = None, 0
+    load = partial(load_dataset, FINEWEB_EDU, subset, split="train", streaming=True, columns=["text"])
+    failures = 0
     while True:
         try:
             if position is None:  # keep to today's revision, since the data set may change while it is read
                 position = {"revision": HfApi().dataset_info(FINEWEB_EDU).sha, "state": None}
-            if texts is None:
-                dataset = load_dataset(
-                    FINEWEB_EDU, subset, split="train", streaming=True, revision=position["revision"], columns=["text"]
-                )
-                if position["state"]:
-                    dataset.load_state_dict(position["state"])
-                texts = batches(row["text"] for row in dataset)
-            batch = next(texts, None)
+            dataset = load(revision=position["revision"])
+            if position["state"]:
+                dataset.load_state_dict(position["state"])
+            for batch in batches(row["text"] for row in dataset):
+                start, position = position, position | {"state": dataset.state_dict()}
+                failures = 0
+                yield start, batch
+            return
         except Exception as error:
             if is_final(error) or failures == len(PATIENCE):
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 raise UserError(f"FineWeb-Edu ({subset}) could not be read from Hugging Face: {reason}") from None
             print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
             time.sleep(PATIENCE[failures])
-            texts, failures = None, failures + 1
-            continue
-        if not batch:
-            return
-        yield position, batch
-        position, failures = position | {"state": dataset.state_dict()}, 0
+            failures += 1
 
 
 def is_final(error):
@@ -190,9 +186,9 @@ def is_final(error):
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    response = getattr(error, "response", None)
-    if isinstance(error, HfHubHTTPError) and response is not None:
-        return response.status_code < 500 and response.status_code not in (408, 429)
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        return status < 500 and status not in (408, 429)
     return type(error) is ValueError or isinstance(error, DatasetNotFoundError | OfflineModeIsEnabled)
 
 

@@ -42,10 +42,9 @@ def tekken():
     except ModuleNotFoundError:
         raise UserError("tokenizer 'tekken' is in an optional package: pip install mistral-common") from None
     table = json.loads((files / "data" / "tekken_240718.json").read_text("utf-8"))
-    n_special = table["config"]["default_num_special_tokens"]
-    n_ranks = table["config"]["default_vocab_size"] - n_special
+    config = table["config"]
+    n_special = config["default_num_special_tokens"]
+    n_ranks = config["default_vocab_size"] - n_special
     ranks = {base64.b64decode(row["token_bytes"]): n_special + row["rank"] for row in table["vocab"][:n_ranks]}
     special = {"<|endoftext|>": 2}
-    return tiktoken.Encoding(
-        "tekken", pat_str=table["config"]["pattern"], mergeable_ranks=ranks, special_tokens=special
-    )
+    return tiktoken.Encoding("tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens=special)

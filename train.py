@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -54,13 +55,11 @@ def train(from_file, options):
         return 0
 
     device = machine.pick_device(config.device)
-    dtype = machine.pick_dtype(config.dtype, device)
-    if config.dtype == "auto":
-        does = "computes" if dtype == torch.bfloat16 else "does not compute"
-        say(f"dtype=auto takes {str(dtype)[6:]}: {device.type} {does} in bf16 at full speed here")
     corpus, validation, meta, state["data"] = open_data(config, state["data"], say)
     machine.be_deterministic(device, config.deterministic)
     machine.join_processes(device, (config.out, start, sorted(validated)))
+    dtype = machine.pick_dtype(config.dtype, device, say)
+    config = replace(config, dtype=str(dtype)[6:])  # what auto took holds for every later start of this run
     model, trained, optimizer = build(config, state, device, dtype)
     folder = Folder(config, state, records, lock, device)
     peak = machine.peak_flops(device, dtype)
@@ -174,7 +173,7 @@ def stopped(folder, step, number):
 def build(config, state, device, dtype):
     """(model, the same model as training calls it, optimizer), as a checkpoint or else the seed has them."""
     with torch.device(device):
-        model = Llama(config, dtype, config.seed)
+        model = Llama(config, dtype, None if "model" in state else config.seed)
     say(
         f"{config.activation}: {model.num_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
         f"{config.tokens_per_step:,} tokens per step, {WORLD} process(es) on {machine.device_name(device)} "
@@ -190,14 +189,25 @@ def build(config, state, device, dtype):
         say(f"resuming {config.out} at step {state['step']}")
     xielu.COMPILE = config.compile
     if config.compile and xielu.can_compile(device.type):
+        set_memory_budget(config.memory_budget)
         model.compile_parts()
         say("compiling: the first step takes longer")
         torch._dynamo.config.optimize_ddp = False  # it would cut each compiled layer up; layers are small enough
+    elif config.memory_budget < 1:
+        raise UserError(f"memory_budget={config.memory_budget} needs a compiled model, and nothing is compiled here")
     if WORLD == 1:
         return model, model, optimizer
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not in torch 2.11
     trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model, trained, optimizer
+
+
+def set_memory_budget(budget):
+    """Let compiled layers keep this share of what they would keep for the backward pass, and recompute the rest."""
+    if hasattr(torch._functorch.config, "activation_memory_budget"):  # private to torch, so it may go away
+        torch._functorch.config.activation_memory_budget = budget
+    elif budget < 1:
+        raise UserError("this version of torch has no activation_memory_budget: leave memory_budget at 1.0")
 
 
 def make_optimizer(model, config):

@@ -35,10 +35,15 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def config(tmp_path, corpus):
-    """A config file of a tiny run, whose folder is tmp_path/out/tiny."""
+def out(tmp_path):
+    return tmp_path / "out" / "tiny"
+
+
+@pytest.fixture
+def config(tmp_path, corpus, out):
+    """A config file of a tiny run, whose folder is `out`."""
     path = tmp_path / "tiny.py"
-    path.write_text(TINY + f'data = "{corpus}"\nout = "{tmp_path}/out/tiny"\n')
+    path.write_text(TINY + f'data = "{corpus}"\nout = "{out}"\n')
     return path
 
 
@@ -46,7 +51,7 @@ def config(tmp_path, corpus):
 def fake_run(tmp_path):
     """A function that writes the folder of a finished run, as train.py would have, with these validation losses."""
 
-    def write(activation, seed, losses, scalars=None, folder=None, finite=True, **keys):
+    def write(activation, seed, losses, scalars=None, folder=None, **keys):
         folder = tmp_path / (folder or f"{activation}-seed={seed}")
         steps = {"max_steps": 10 * (len(losses) - 1), "warmup_steps": 0, "decay_steps": 0, "tokens_per_step": 1000}
         config = Config(activation=activation, seed=seed, out=str(folder), resume=True, **steps, **keys)

@@ -15,14 +15,8 @@ REPOSITORY = "HuggingFaceFW/fineweb-edu"
 SHA = "0123456789abcdef0123456789abcdef01234567"
 README = """---
 configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*/*
-- config_name: sample-10BT
-  data_files:
-  - split: train
-    path: sample/10BT/*
+- {config_name: default, data_files: [{split: train, path: data/*/*}]}
+- {config_name: sample-10BT, data_files: [{split: train, path: sample/10BT/*}]}
 ---
 """
 
@@ -114,10 +108,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
         entries = []
         for path in sorted(folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()):
-            facts = (
-                {"type": "file", "size": path.stat().st_size} if path.is_file() else {"type": "directory", "size": 0}
-            )
-            entries.append(facts | {"oid": "0" * 40, "path": self.server.name_of(path)})
+            kind = "file" if path.is_file() else "directory"
+            about = {"type": kind, "size": path.stat().st_size, "oid": "0" * 40, "path": self.server.name_of(path)}
+            entries.append(about)
         self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
 
     def file(self, name, cut):
@@ -130,5 +123,4 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if wanted is None:
             return self.answer(200, body, cut, **headers)
         first, last = int(wanted[1]), min(int(wanted[2] or len(body)), len(body) - 1)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
-        self.answer(206, body[first : last + 1], cut, **headers)
+        self.answer(206, body[first : last + 1], cut, Content_Range=f"bytes {first}-{last}/{len(body)}", **headers)

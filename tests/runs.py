@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import train
@@ -100,3 +101,10 @@ def log(out, *leave_out):
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     clock = ("seconds", "tokens_per_s", "mfu", *leave_out)
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
+
+
+def assert_same_losses(out, other, rel):
+    """Two logs have the same lines, and their losses differ by rounding alone."""
+    for record, expected in zip(log(out), log(other), strict=True):
+        expected["loss"] = pytest.approx(expected["loss"], rel=rel)
+        assert all(record[name] == expected[name] for name in ("kind", "step", "tokens", "loss"))

@@ -4,28 +4,18 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from activations import ACTIVATIONS, get_activation
 
 X = torch.linspace(-6, 6, 241, dtype=torch.float64)
 Y = torch.linspace(2, -1, 241, dtype=torch.float64)
-GATES = {
-    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
-    "normal": lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2))),
-    "arctan": lambda x: torch.arctan(x) / math.pi + 0.5,
-}
-SELF_GATED = {"silu": "sigmoid", "gelu": "normal", "atlu": "arctan"}
-FIRST_ORDER = {"glu": "sigmoid", "gglu": "normal", "aglu": "arctan"}
-SECOND_ORDER = {"swiglu": "sigmoid", "geglu": "normal", "atglu": "arctan"}
+GATES = [1 / (1 + torch.exp(-X)), 0.5 * (1 + torch.erf(X / math.sqrt(2))), torch.arctan(X) / math.pi + 0.5]
+# what the three gates multiply in the activations of these names
+GATED = {"silu gelu atlu": X, "glu gglu aglu": Y, "swiglu geglu atglu": X * Y}
 
 
-def make(name, alpha=None):
-    module = ACTIVATIONS[name].module().double()
-    if alpha is not None:
-        with torch.no_grad():
-            module.alpha.fill_(alpha)
-    return module
+def call(module, name, x=X, y=Y):
+    return module(x, y) if ACTIVATIONS[name].gated else module(x)
 
 
 def test_the_table_has_every_name():
@@ -38,45 +28,51 @@ def test_the_table_has_every_name():
 
 
 def test_plain_ones():
-    torch.testing.assert_close(make("relu")(X), X.clamp(min=0))
-    torch.testing.assert_close(make("relu2")(X), X.clamp(min=0) ** 2)
-    torch.testing.assert_close(make("silu")(X), F.silu(X))
-    torch.testing.assert_close(make("gelu")(X), F.gelu(X))
-
-
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_integrated_ones_start_at_the_papers_values(name):
-    if name in ("xielu", "xiprelu", "xiep"):
-        negative, positive = X.clamp(max=0), X.clamp(min=0)
-        value = 0.8 * positive**2 + 0.5 * X
-        value += 0.8 * negative**2 if name == "xiprelu" else 0.8 * (torch.expm1(negative) - negative)
-        value += 0.4 * positive**3 if name == "xiep" else 0
-        torch.testing.assert_close(make(name)(X).detach(), value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ACTIVATIONS["relu"].module()(X), X.clamp(min=0))
+    torch.testing.assert_close(ACTIVATIONS["relu2"].module()(X), X.clamp(min=0) ** 2)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, -0.1])
-def test_gated_ones(alpha):
-    def expanded(gate):
-        return GATES[gate](X) * (1 + 2 * alpha) - alpha
+@pytest.mark.parametrize("names", GATED)
+def test_gated_ones(names, alpha):
+    for name, gate in zip(names.split(), GATES):
+        torch.testing.assert_close(call(ACTIVATIONS[name].module(), name), gate * GATED[names])
+        expanded = ACTIVATIONS["x" + name].module().double()
+        torch.nn.init.constant_(expanded.alpha, alpha)
+        torch.testing.assert_close(call(expanded, name).detach(), (gate * (1 + 2 * alpha) - alpha) * GATED[names])
 
-    for name, gate in SELF_GATED.items():
-        torch.testing.assert_close(make("x" + name, alpha)(X).detach(), X * expanded(gate))
-        torch.testing.assert_close(make(name)(X), X * GATES[gate](X))
-    for name, gate in FIRST_ORDER.items():
-        torch.testing.assert_close(make("x" + name, alpha)(X, Y).detach(), expanded(gate) * Y)
-        torch.testing.assert_close(make(name)(X, Y), GATES[gate](X) * Y)
-    for name, gate in SECOND_ORDER.items():
-        torch.testing.assert_close(make("x" + name, alpha)(X, Y).detach(), X * expanded(gate) * Y)
-        torch.testing.assert_close(make(name)(X, Y), X * GATES[gate](X) * Y)
+
+INTEGRATED = {
+    "xielu": lambda x, up, down, p, n: p * up**2 + n * (torch.expm1(down) - down) + 0.5 * x,
+    "xiprelu": lambda x, up, down, p, n: p * up**2 + n * down**2 + 0.5 * x,
+    "xiep": lambda x, up, down, p, n, p3: p * up**2 + p3 * up**3 + n * (torch.expm1(down) - down) + 0.5 * x,
+}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7, -0.7])
+@pytest.mark.parametrize("name", INTEGRATED)
+def test_integrated_ones(name, shift):
+    """Value and every gradient, at the scalars of the paper and at others; and none that is not finite far out."""
+    module = ACTIVATIONS[name].module()
+    start = {"alpha_p": 0.8, "alpha_n": 0.8} | ({"alpha_p3": 0.4} if name == "xiep" else {})
+    assert module.effective() == pytest.approx(start)
+    far = torch.tensor([-1e12, 0.0, 1e12], requires_grad=True)
+    module(far)[1].backward()
+    assert far.grad[1] == 0.5 and all(weight.grad.isfinite().all() for weight in (far, *module.parameters()))
+    module = module.double()
+    for raw in module.parameters():
+        raw.data += shift
+    x = X.clone().requires_grad_()
+    results = module(x), INTEGRATED[name](x, x.clamp(min=0), x.clamp(max=0), *module.effective_scalars().values())
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(y, [x, *module.parameters()], Y) for y in results))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_dtypes_and_gradients(name):
-    activation = get_activation(name)
-    module = activation.module()
+    module = get_activation(name).module()
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    arguments = (x, x.detach().flip(-1)) if activation.gated else (x,)
-    y = module(*arguments)
+    y = call(module, name, x, x.detach().flip(-1))
     y.float().square().sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16 and y.shape == x.shape
     for scalar in module.parameters():
@@ -85,18 +81,17 @@ def test_dtypes_and_gradients(name):
     assert len(scalars) == len(list(module.parameters())) and all(isinstance(value, float) for value in scalars)
 
 
-@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name not in ("xielu", "xiep")])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name not in INTEGRATED])
 def test_gradcheck(name):
-    activation = ACTIVATIONS[name]
-    module = activation.module().double()
     x = torch.tensor([-3.0, -0.7, 0.4, 2.0], dtype=torch.float64, requires_grad=True)
     y = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(module, (x, y) if activation.gated else (x,))
+    module = ACTIVATIONS[name].module().double()
+    assert torch.autograd.gradcheck(module, (x, y) if ACTIVATIONS[name].gated else (x,))
 
 
 def test_the_normal_gate_keeps_its_far_tail():
-    x = torch.tensor([-10.0])
-    assert make("gglu").float()(x, torch.ones(1)).item() == pytest.approx(7.61985e-24, rel=1e-4)
+    y = ACTIVATIONS["gglu"].module()(torch.tensor([-10.0]), torch.ones(1))
+    assert y.item() == pytest.approx(7.61985e-24, rel=1e-4)
 
 
 def test_unknown_name():

@@ -1,6 +1,5 @@
 """tools/compare.py: its grid, its statistics, and whole comparisons that are cut off, killed and continued."""
 
-import csv
 import json
 import math
 import os
@@ -10,26 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import train
+import machine
 from command import UserError
-from data import Corpus
 from identity import describe
-from model import Llama
-from runs import ROOT, TINY
+from runs import ROOT, TINY, here
 from tools import compare
-from tools.compare import Run, mean_interval, read_grid, report, summarize, verdict
+from tools.compare import Run, interval_of, mean, read_grid, report, summarize, verdict
 
 
 @pytest.fixture(scope="module")
 def config(corpus, tmp_path_factory):
     path = tmp_path_factory.mktemp("grid") / "tiny.py"
-    changes = {"activation": "xielu", "max_steps": 80, "eval_every": 40, "micro_batch_size": 1, "data": str(corpus)}
+    changes = {"activation": "xielu", "max_steps": 80, "eval_every": 40, "data": str(corpus)}
     path.write_text(TINY + "".join(f"{name} = {value!r}\n" for name, value in changes.items()))
     return str(path)
 
@@ -42,12 +40,16 @@ def launch(output, *arguments):
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
+def in_this_process(run, *_):
+    """Instead of compare.execute, where nothing is tested of processes."""
+    return 0, here(*run.arguments)
+
+
 def without_speed(out):
     """What must be the same for the same losses: the three files without tokens per second."""
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert all(row.pop("tokens_per_s") > 0 for row in rows)
-    with open(out / "results.csv", newline="") as file:
-        table = [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in csv.DictReader(file)]
+    table = re.sub(r",[^,\n]*$", "", (out / "results.csv").read_text(), flags=re.M)
     text = re.sub(r"\|[^|\n]*\|$", "|", (out / "results.md").read_text(), flags=re.M)
     return rows, table, text
 
@@ -55,20 +57,13 @@ def without_speed(out):
 # ------------------------------------------------------------------------------------------------ statistics
 
 
-@pytest.mark.parametrize(
-    "df, t", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423), (1000, 1.9623)]
-)
-def test_interval_is_students(df, t):
-    values = np.random.default_rng(df).normal(size=df + 1).tolist()
-    mean, interval = mean_interval(values)
-    half = t * np.std(values, ddof=1) / math.sqrt(df + 1)
-    assert mean == pytest.approx(np.mean(values)) and interval == pytest.approx([mean - half, mean + half], abs=5e-5)
-
-
-def test_interval_of_few_numbers():
-    assert mean_interval([]) == (None, None)
-    assert mean_interval([1.5]) == (1.5, None)
-    assert mean_interval([0.0, 0.0]) == (0.0, [0.0, 0.0])
+def test_interval_is_students():
+    for df, t in {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423, 1000: 1.9623}.items():
+        values = np.random.default_rng(df).normal(size=df + 1).tolist()
+        half = t * np.std(values, ddof=1) / math.sqrt(df + 1)
+        assert interval_of(values) == pytest.approx([np.mean(values) - half, np.mean(values) + half], abs=5e-5)
+    assert interval_of([0.0, 0.0]) == [0.0, 0.0]
+    assert interval_of([1.5]) is None and interval_of([]) is None and mean([]) is None
 
 
 @pytest.mark.parametrize(
@@ -104,17 +99,14 @@ def test_table(fake_run):
         "swiglu": {1: 2.5, 3: 3.5},  # a seed is missing: differences 0.5, −0.5
         "gelu": {2: float("nan")},
     }
-    runs = fake_runs(fake_run, losses)
-    xielu, relu2, swiglu = summarize(runs)  # what diverged has no row
+    xielu, relu2, swiglu = summarize(fake_runs(fake_run, losses))  # what diverged has no row
     assert (xielu["loss"], xielu["loss_std"], xielu["difference"], xielu["interval"]) == (3.0, 1.0, None, None)
     assert xielu["perplexity"] == pytest.approx(math.exp(3)) and xielu["bits_per_byte"] == pytest.approx(1.5)
     assert xielu["tokens_per_s"] == 115.0  # the median of what the log says after the first step
     half = 4.302653 * 0.1 / math.sqrt(3)
-    assert relu2["difference"] == pytest.approx(0.2)
-    assert relu2["interval"] == pytest.approx([0.2 - half, 0.2 + half])
-    assert swiglu["seeds"] == [1, 3] and swiglu["difference"] == pytest.approx(0)
+    assert [relu2["difference"], *relu2["interval"]] == pytest.approx([0.2, 0.2 - half, 0.2 + half])
+    assert swiglu["seeds"] == swiglu["paired_seeds"] == [1, 3] and swiglu["difference"] == pytest.approx(0)
     assert swiglu["interval"] == pytest.approx([-12.7062 * 0.5, 12.7062 * 0.5], rel=1e-4)
-    assert swiglu["paired_seeds"] == [1, 3]
     text = report([xielu, relu2, swiglu], {"gelu-seed=2": "its last validation loss is not finite"})
     assert "| 3.2000 ± 1.0536 |" in text and "+0.2000 [-0.0484, +0.4484]" in text
     assert "- relu2 − xielu: +0.2000" in text and text.count("contains zero") == 2
@@ -136,35 +128,24 @@ def test_other_keys_make_rows_and_compare_like_with_like(fake_run):
     assert rows["relu2 lr=0.002"]["difference"] == -1.25 and rows["relu2 lr=0.002"]["reference"] == "relu2 lr=0.001"
 
 
-def test_time_that_is_left(fake_run, monkeypatch, capsys):
-    """A run that resumes from a checkpoint before the last line of its log does not count backwards."""
-    folder, config = fake_run("relu2", 1, [5.0] * 11)  # 100 steps
-    records = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    (folder / "log.jsonl").write_text("".join(records[:10]))  # cut off at step 50
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(compare.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(compare, "show", lambda text, passing=False: print(text))
+def test_what_is_printed_of_each_run(fake_run, monkeypatch, capsys):
+    """A final loss counts, whatever the status; the rest is expected to be as fast as the run that has just ended."""
+    first, done, last = fake_runs(fake_run, {"relu2": {1: 3.0, 2: 3.0, 3: float("nan")}})
+    last = replace(last, flops_per_token=2 * first.flops_per_token)
+    for run in (first, last):
+        (run.out / "log.jsonl").rename(run.out / "hidden")
 
-    def resumes_at_30(run, world, lock, on_step):
-        for step in range(30, 101, 10):
-            on_step(run, step)
-        (folder / "log.jsonl").write_text("".join(records))
-        return 0, ""
+    def fails_at_the_end(run, *_):
+        (run.out / "hidden").rename(run.out / "log.jsonl")
+        return 1, "the end"
 
-    monkeypatch.setattr(compare, "execute", resumes_at_30)
-    assert compare.run_all([Run({"activation": "relu2"}, config, [], 1000, 6000)], 1, None) == {}
+    monkeypatch.setattr(compare, "execute", fails_at_the_end)
+    assert compare.run_all([first, done, last], 1, None) == {last.out.name: "it failed with status 1"}
     lines = capsys.readouterr().out.splitlines()
-    assert "step 30/100, starting" in lines[1]
-    # each call of the clock is 10 s later: after 10 of the 70 steps, 6 times as long as it took
-    assert "step 40/100, 2m00s left in all" in lines[2] and "step 100/100, 0m00s left" in lines[-2]
-
-
-def test_a_final_loss_counts_whatever_the_status(fake_run, monkeypatch, capsys):
-    (run,) = fake_runs(fake_run, {"relu2": {1: 3.0}})
-    log = (run.out / "log.jsonl").rename(run.out / "hidden")
-    monkeypatch.setattr(compare, "execute", lambda *_: log.rename(run.out / "log.jsonl") and (1, "at the end"))
-    assert compare.run_all([run], 1, None) == {}
-    assert "val loss 3.0000" in capsys.readouterr().out
+    # 2 × 20,000 tokens at 115 per second
+    assert lines[0] == f"[1/3] {first.out.name}: val loss 3.0000 after 0m00s, 5m47s left in all"
+    assert lines[1] == f"[2/3] {done.out.name}: finished before"
+    assert lines[2].startswith(f"[3/3] {last.out.name}: after 0m00s it failed with status 1: the end (its whole")
 
 
 # ------------------------------------------------------------------------------------------------ grid
@@ -181,6 +162,19 @@ def test_grid(config, tmp_path):
     assert only.out.name == "xielu-seed=42" and only.case == {"activation": "xielu"}
 
 
+def test_one_dtype_for_all_runs(config, tmp_path, monkeypatch):
+    """What dtype=auto takes may change with the load of the machine, but not within a comparison."""
+    measured = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr(machine, "faster_dtype", lambda: (next(measured), "measured"))
+    grid = [config, "--dtype=auto", "--activation=relu2,xielu"]
+    runs = read_grid(grid, tmp_path, 1)
+    assert all(run.config.dtype == "bfloat16" and "--dtype=bfloat16" in run.arguments for run in runs)
+    runs[0].out.mkdir()
+    (runs[0].out / "config.json").write_text(json.dumps({"config": vars(runs[0].config)}))
+    assert read_grid(grid, tmp_path, 1) == runs
+    assert read_grid([*grid, "--dtype=float32"], tmp_path, 1)[0].config.dtype == "float32"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -188,7 +182,6 @@ def test_grid(config, tmp_path):
         (["--activation=relu2,relu2"], "relu2-seed=42 is given twice"),
         (["--seed=1,2,01"], "is given twice"),
         (["--activations=relu2"], "unknown key 'activations'"),
-        (["--resume"], "leave --resume out"),
         (["--seed=1,"], "seed must be a whole number, not ''"),
         (["--dry_run=yes"], "--dry_run: ignored explicit argument 'yes'"),
         (["--nproc_per_node=0"], "--nproc_per_node: must be a whole number of at least 1, not '0'"),
@@ -213,7 +206,6 @@ def test_dry_run(config, tmp_path, capsys):
     assert len(lines) == 7 and lines[-1].startswith("spread: 0.0")
     assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs per token +20,480 tokens$", lines[5])
     assert not (tmp_path / "out").exists()
-    assert compare.main([*grid, "--dim=32,64"]) == 2
     assert compare.main([*grid, "--dim=32,64", "--unmatched"]) == 0
 
 
@@ -226,7 +218,7 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
     (folder / "config.json").write_text(json.dumps(about))
     compare.check_folder(run)
     for content, asked, message in [
-        (about, longer, "holds a run with max_steps=80, not 50"),
+        (about, longer, "cannot continue: it has max_steps=80, not 50"),
         (about | {"formula": "max(x, 0)"}, run, "has changed since the run began (it was max(x, 0), now"),
         (about | {"source": {"XIELU": "0123"}}, run, "xielu has changed since the run began ("),
         ([], run, "is not the folder of a run"),
@@ -245,7 +237,7 @@ def uninterrupted(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
     grid = [config, "--activation=xsilu,swiglu", "--seed=1,2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(compare, "execute", in_this_process)
         assert compare.main([*grid, f"--out={out}"]) == 0
     return grid, out
 
@@ -254,7 +246,7 @@ def test_what_a_comparison_leaves(uninterrupted, capsys):
     grid, out = uninterrupted
     assert (out / "loss.png").stat().st_size > 1000 and (out / "scalars-xsilu.png").stat().st_size > 1000
     rows, table, text = without_speed(out)
-    assert [row["activation"] for row in rows] == ["xsilu", "swiglu"] and len(table) == 2
+    assert [row["activation"] for row in rows] == ["xsilu", "swiglu"] and len(table.splitlines()) == 3
     for seed, loss in zip(rows[1]["seeds"], rows[1]["losses"]):
         log = (out / f"swiglu-seed={seed}" / "log.jsonl").read_text().splitlines()
         assert json.loads(log[-1])["loss"] == loss and json.loads(log[-1])["step"] == 80
@@ -266,24 +258,8 @@ def test_what_a_comparison_leaves(uninterrupted, capsys):
         assert str(out) not in (out / name).read_text() and str(ROOT) not in (out / name).read_text()
 
 
-def test_a_seed_gives_all_the_same_shared_weights_and_batches(config, tmp_path):
-    weights, batches = {}, {}
-    for run in read_grid([config, "--activation=xielu,relu2,swiglu", "--seed=1,2"], tmp_path, 1):
-        name = run.config.activation, run.config.seed
-        weights[name] = dict(Llama(run.config, seed=run.config.seed).named_parameters())
-        corpus = Corpus(run.config.data, "train", run.config.seq_len, run.config.vocab_size)
-        batches[name] = corpus.batch(run.config.seed, 3, 8).tolist()
-    shared = [name for name in weights["xielu", 1] if "mlp" not in name]
-    mlp = [name for name in weights["relu2", 1] if "mlp" in name]
-    assert len(shared) > 10 and len(mlp) == 4
-    assert all(torch.equal(weights["xielu", 1][name], weights["swiglu", 1][name]) for name in shared)
-    assert all(torch.equal(weights["xielu", 1][name], weights["relu2", 1][name]) for name in mlp)
-    assert not any(torch.equal(weights["relu2", 1][name], weights["relu2", 2][name]) for name in mlp)
-    assert batches["xielu", 1] == batches["relu2", 1] == batches["swiglu", 1] != batches["xielu", 2]
-
-
 def test_two_implementations_of_an_activation_train_alike(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "execute", lambda run, *_: (train.main(run.arguments), ""))
+    monkeypatch.setattr(compare, "execute", in_this_process)
     out = tmp_path / "out"
     assert compare.main([config, "--activation=xielu,xielu_reference", "--max_steps=12", f"--out={out}"]) == 0
     xielu, reference = without_speed(out)[0]
@@ -324,50 +300,47 @@ def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
     held = tmp_path / "held.py"
     held.write_text(Path(config).read_text() + HOLD)
     out, output = tmp_path / "out", tmp_path / "output.txt"
+    shutil.copytree(whole, out)
+    run = out / "swiglu-seed=1"
+    shutil.rmtree(run)  # the others are finished
+    run.mkdir()
+    (run / "hold").touch()
     grid = [held, *lists, f"--out={out}"]
-    interrupted, killed = out / "xsilu-seed=1", out / "swiglu-seed=1"
-    for folder in (interrupted, killed):
-        folder.mkdir(parents=True)
-        (folder / "hold").touch()
-    for name in ("xsilu-seed=2", "swiglu-seed=2"):  # these are finished
-        shutil.copytree(whole / name, out / name)
 
     process = launch(output, *grid)
-    until("step 10/80", interrupted / "output.txt")
+    until("step 10/80", run / "output.txt")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=300) == 130
     assert "the same command continues from here" in output.read_text()
-    (interrupted / "hold").unlink()
 
     process = launch(output, *grid)
-    until("step 10/80", killed / "output.txt")
+    until("resuming", run / "output.txt")
     process.kill()  # its run lives on, and holds the lock
     process.wait()
-    first = (interrupted / "ckpt.pt").stat().st_mtime_ns
 
     process = launch(output, *grid)
     until("another comparison writes to .*: waiting", output)
-    (killed / "hold").unlink()
+    (run / "hold").unlink()
     assert process.wait(timeout=300) == 0, output.read_text()
     assert output.read_text().count("finished before") == 3
-    assert "resuming" in (interrupted / "output.txt").read_text()
-    assert "resuming" in (killed / "output.txt").read_text()
-    assert (interrupted / "ckpt.pt").stat().st_mtime_ns == first
+    assert (run / "output.txt").read_text().count("resuming") == 2
     assert without_speed(out) == without_speed(whole)
 
 
-def test_a_failed_run_is_reported_and_the_others_continue(uninterrupted, tmp_path, capsys):
+def test_a_failed_run_is_reported_and_the_others_continue(uninterrupted, tmp_path, monkeypatch, capsys):
+    """On a terminal, where the steps of a run are shown too."""
     grid, whole = uninterrupted
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for name in ("swiglu-seed=1", "xsilu-seed=2"):
-        records = (out / name / "log.jsonl").read_text().splitlines(keepends=True)
-        (out / name / "log.jsonl").write_text("".join(records[:-1]))
+        (out / name / "log.jsonl").unlink()
     (out / "swiglu-seed=1" / "ckpt.pt").write_bytes(b"damaged")
+    (out / "xsilu-seed=2" / "ckpt.pt").unlink()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert compare.main([*grid, f"--out={out}"]) == 1
     output = capsys.readouterr().out
     assert re.search(r"\[2/4\] swiglu-seed=1: .* failed with status 2: error: checkpoint .* cannot be read", output)
-    assert re.search(r"\[3/4\] xsilu-seed=2: val loss", output)
+    assert "\r\033[K[3/4] xsilu-seed=2: step 80/80, eta 0m00s\r\033[K[3/4] xsilu-seed=2: val loss" in output
     assert "- swiglu-seed=1 is not in the table: it failed with status 2." in output
     rows, _, _ = without_speed(out)
     assert rows[0]["seeds"] == [1, 2] and rows[1]["seeds"] == [2] and rows[1]["interval"] is None

@@ -3,7 +3,6 @@ tokenizer.py: the ids of each tokenizer."""
 
 import importlib.resources
 import json
-import os
 import random
 import sys
 from types import SimpleNamespace
@@ -13,27 +12,14 @@ import pytest
 
 import data
 from command import UserError
-from data import (
-    Corpus,
-    bits_per_byte,
-    content_hash,
-    find_shards,
-    open_data,
-    open_shard,
-    prefetched,
-    read_meta,
-    shard_header,
-    shuffled,
-    token_dtype,
-    validation_batches,
-)
+from data import Corpus, bits_per_byte, content_hash, find_shards, open_data, prefetched, read_meta, shuffled
 from runs import ODD_TEXTS, ROOT
 from tokenizer import get_tokenizer
 
 
 def write(path, tokens, vocab_size=1000):
-    dtype = token_dtype(vocab_size)
-    path.write_bytes(shard_header(dtype, len(tokens)) + np.asarray(tokens).astype(dtype).tobytes())
+    dtype = data.token_dtype(vocab_size)
+    path.write_bytes(data.shard_header(dtype, len(tokens)) + np.asarray(tokens).astype(dtype).tobytes())
 
 
 @pytest.fixture
@@ -57,10 +43,9 @@ def test_format(tmp_path, vocab_size, magic, version, itemsize):
     """That of llm.c and modded-nanogpt, written and read."""
     path = tmp_path / "x_val_000000.bin"
     write(path, [1, 2, vocab_size - 1], vocab_size)
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, 3
+    header = np.array([magic, version, 3, *[0] * 253], "<i4")
     assert path.read_bytes() == header.tobytes() + np.array([1, 2, vocab_size - 1], f"<u{itemsize}").tobytes()
-    assert open_shard(path).read(1, 2).tolist() == [2, vocab_size - 1]
+    assert data.open_shard(path).read(1, 2).tolist() == [2, vocab_size - 1]
 
 
 def test_a_name_that_speaks_of_the_other_split(tmp_path):
@@ -73,9 +58,7 @@ def test_a_name_that_speaks_of_the_other_split(tmp_path):
 
 def raised(raw, place):
     """With one header number larger by 1."""
-    header = np.frombuffer(raw[:1024], "<i4").copy()
-    header[place] += 1
-    return header.tobytes() + raw[1024:]
+    return raw[: 4 * place] + bytes([raw[4 * place] + 1]) + raw[4 * place + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +68,8 @@ def raised(raw, place):
         (lambda raw: raw + b"12", "header says 50 tokens, but it holds 51"),
         (lambda raw: b"", "shorter than the header"),
         (lambda raw: raw[:500], "shorter than the header"),
-        (lambda raw: raised(raw, 0), "its magic number is 20240521, not 20240520 or 20240801"),
-        (lambda raw: raised(raw, 1), "version 2 of the shard format"),
+        (lambda raw: raised(raw, 0), "magic number 20240521 and version 1 are of no known format"),
+        (lambda raw: raised(raw, 1), "magic number 20240520 and version 2 are of no known format"),
         (lambda raw: raised(raw, 2), "header says 51 tokens, but it holds 50"),
     ],
 )
@@ -98,13 +81,6 @@ def test_damaged_shards(folder, damage, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_folder_and_shards(tmp_path):
-    with pytest.raises(UserError, match="no data folder"):
-        find_shards(tmp_path / "none", "train")
-    with pytest.raises(UserError, match="no train shards"):
-        find_shards(tmp_path, "train")
-
-
 def test_meta(folder):
     assert read_meta(folder) is None and bits_per_byte(1.0, None) is None
     path, text = folder / "meta.json", json.dumps(META)
@@ -113,15 +89,12 @@ def test_meta(folder):
     assert bits_per_byte(np.log(2), META) == pytest.approx(50 / 40)
     assert bits_per_byte(1.0, json.loads(text.replace("40", "0"))) is None
     changes = [("splits", "split"), ("257", '"257"'), ("257", "true"), ("40", "-1"), ("40", "0.5")]
-    for bad in ["{", "[]", "3", "{}", "\xff", "[" * 10**5, *(text.replace(*change) for change in changes)]:
+    malformed = ["{", "[]", "3", "{}", "\xff", "[" * 10**5, *(text.replace(*change) for change in changes)]
+    refused = [(bad, "meta.json is malformed") for bad in malformed]
+    refused += [(text.replace("50", "51"), "says 51 val tokens, but the shards hold 50")]
+    refused += [(text.replace("257", "70000"), "tokenizer")]
+    for bad, message in refused:
         path.write_text(bad, encoding="latin-1")
-        with pytest.raises(UserError, match="meta.json is malformed"):
-            read_meta(folder)
-    for change, message in [
-        (("50", "51"), "says 51 val tokens, but the shards hold 50"),
-        (("257", "70000"), "tokenizer"),
-    ]:
-        path.write_text(text.replace(*change))
         with pytest.raises(UserError, match=message):
             read_meta(folder)
 
@@ -129,10 +102,13 @@ def test_meta(folder):
 # ------------------------------------------------------------------------------------------------ order
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097, 10**13])
 def test_shuffled_is_a_permutation(n):
+    """Of so many numbers that there would be no room for them, some are tried."""
+    index = np.arange(min(n, 5000))
     for seed, epoch in [(0, 0), (0, 1), (42, 0), (2**40, 3)]:
-        assert sorted(shuffled(np.arange(n), n, seed, epoch)) == list(range(n))
+        places = shuffled(index, n, seed, epoch)
+        assert len(set(places.tolist())) == len(index) and places.min() >= 0 and places.max() < n
 
 
 def test_shuffled_looks_random():
@@ -155,12 +131,6 @@ def test_the_order_of_version_1():
     assert shuffled(np.arange(3), 10**13, 2**63 + 5, 7).tolist() == [9367723440328, 9931269016552, 8396447457651]
 
 
-def test_shuffled_needs_no_room_for_large_n():
-    n = 10**13
-    places = shuffled(np.arange(1000), n, 1, 0)
-    assert len(set(places.tolist())) == 1000 and places.min() >= 0 and places.max() < n
-
-
 # ------------------------------------------------------------------------------------------------ sequences
 
 
@@ -177,18 +147,12 @@ def test_an_epoch_has_every_sequence_once(folder):
 
 def test_the_batch_does_not_depend_on_how_it_is_asked_for(folder):
     corpus = Corpus(folder, "train", 8, 1000)
-    stream = np.concatenate([corpus.batch(7, step, 1) for step in range(30)])
-    for size in (2, 5, 6):
-        for step in reversed(range(30 // size)):
+    stream = np.concatenate([corpus.batch(7, step, 1) for step in range(40)])
+    for size in (2, 5, 8, 40):  # an epoch has 19
+        for step in reversed(range(40 // size)):
             assert np.array_equal(corpus.batch(7, step, size), stream[step * size : (step + 1) * size])
     assert np.array_equal(Corpus(folder, "train", 8, 1000).batch(7, 3, 6), corpus.batch(7, 3, 6))
     assert not np.array_equal(corpus.batch(8, 3, 6), corpus.batch(7, 3, 6))
-
-
-def test_batch_larger_than_an_epoch(folder):
-    rows = Corpus(folder, "train", 8, 1000).batch(0, 0, 38)
-    starts, times = np.unique(rows[:, 0], return_counts=True)
-    assert len(starts) == 19 and (times == 2).all()
 
 
 def test_tokens_beyond_the_vocabulary(folder):
@@ -203,7 +167,7 @@ def test_validation_covers_its_tokens_once(folder, max_tokens, world):
     corpus = Corpus(folder, "val", 8, 1000)
     predicted = []
     for rank in range(world):
-        for inputs, targets in validation_batches(corpus, max_tokens, 3, -1, rank, world):
+        for inputs, targets in data.validation_batches(corpus, max_tokens, 3, -1, rank, world):
             assert inputs.shape == targets.shape == (3, 8)
             real = targets >= 0
             assert (targets[real] == inputs[real] + 1).all()
@@ -226,16 +190,15 @@ def test_content_hash(tmp_path):
             write(folder / f"{folder.name}_train_{number:06d}.bin", part, vocab_size)
         return content_hash(find_shards(folder, "train"))
 
-    first, last = tokens.copy(), tokens.copy()
-    first[0] += 1
-    last[-1] += 1
-    hashes = [hash_of(tokens), hash_of(tokens, vocab_size=10**5), hash_of(tokens[::-1]), hash_of(first), hash_of(last)]
+    def changed(tokens, place):
+        return tokens + (np.arange(len(tokens)) == place)
+
+    hashes = [hash_of(tokens), hash_of(tokens, vocab_size=10**5), hash_of(tokens[::-1])]
+    hashes += [hash_of(changed(tokens, 0)), hash_of(changed(tokens, 19_999))]
     hashes += [hash_of(tokens[:n], tokens[n:]) for n in (10_000, 10_001, 5)] + [hash_of(tokens[5:], tokens[:5])]
     hashes += [hash_of(tokens[:0]), hash_of(tokens[:0], tokens[:0])]
-    small = [tokens[:4096].copy() for _ in range(20)]
-    for number, part in enumerate(small):  # of a shard this small, every token counts
-        part[number * 210] += 1
-    hashes += [hash_of(part) for part in [tokens[:4096], *small]]
+    small = tokens[:4096]  # of a shard this small, every token counts
+    hashes += [hash_of(small), *(hash_of(changed(small, 210 * k)) for k in range(20))]
     assert len(set(hashes)) == len(hashes) and hash_of(tokens) == hashes[0]
 
 
@@ -260,11 +223,10 @@ def test_data_that_changed_under_a_run(folder, tmp_path):
         assert open_data(config_of(moved), began, print)[3] == facts
     refused("order of batches", began=facts | {"order": 0})
     refused("tokenizer", began={"tokenizer": "gpt2"})
-    first, second = moved / "x_train_000001.bin", moved / "x_train_000002.bin"
     tokens = np.arange(157)
     for parts in [(tokens[:57], tokens[57:]), (tokens[57:], tokens[:57]), (tokens[99::-1], tokens[100:])]:
-        for path, part in zip((first, second), parts):
-            write(path, part)
+        for number, part in enumerate(parts, 1):
+            write(moved / f"x_train_00000{number}.bin", part)
         refused("training shards")
     write(moved / "x_val_000000.bin", np.arange(50)[::-1])
     (moved / "meta.json").unlink()
@@ -273,6 +235,7 @@ def test_data_that_changed_under_a_run(folder, tmp_path):
 
 def test_data_that_do_not_fit_the_config(folder):
     notes = []
+    (folder / "empty").mkdir()
     open_data(config_of(folder), {}, notes.append)
     assert notes.pop() == f"note: {folder} has no meta.json, so bits per byte are not known"
     for name, eval_tokens, noted in [("bytes", 10, False), ("gpt2", 10, True), ("gpt2", 50, False)]:
@@ -283,6 +246,8 @@ def test_data_that_do_not_fit_the_config(folder):
     for message, keys in [
         (r"was tokenized with gpt2 \(257 ids\), more than vocab_size=256", {"vocab_size": 256}),
         ("too short for one sequence of 100 tokens", {"seq_len": 100}),
+        ("there is no data folder", {"data": folder / "none"}),
+        ("has no train shards", {"data": folder / "empty"}),
     ]:
         with pytest.raises(UserError, match=message):
             open_data(config_of(folder, **keys), {}, print)
@@ -298,15 +263,9 @@ def test_data_that_do_not_fit_the_config(folder):
 def test_prefetched_keeps_order_and_raises():
     assert list(prefetched(lambda k: k * k, range(5))) == [0, 1, 4, 9, 16]
     assert list(prefetched(lambda k: k, [])) == []
-
-    def fail(k):
-        if k == 2:
-            raise UserError("bad token")
-        return k
-
-    results = prefetched(fail, range(5))
-    assert next(results) == 0 and next(results) == 1
-    with pytest.raises(UserError, match="bad token"):
+    results = prefetched(lambda k: 6 // (2 - k), range(5))
+    assert [next(results), next(results)] == [3, 6]
+    with pytest.raises(ZeroDivisionError):
         next(results)
 
 
@@ -329,25 +288,18 @@ def test_gpt2_tokenizer():
     assert encoding.encode_ordinary("Hello world") == [15496, 995] and encoding.eot_token == 50256
 
 
-def test_tekken_tokenizer():
-    pytest.importorskip("mistral_common")
-    encoding = get_tokenizer("tekken")
-    assert encoding.n_vocab == 131072 and encoding.eot_token == 2
-    ids = encoding.encode("naïve <|endoftext|></s>", disallowed_special=())
-    assert min(ids) >= 1000 and encoding.decode(ids) == "naïve <|endoftext|></s>"
-
-
 def test_tekken_has_the_ids_of_its_makers():
     tekken = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
     theirs = tekken.Tekkenizer.from_file(importlib.resources.files("mistral_common") / "data" / "tekken_240718.json")
     ours = get_tokenizer("tekken")
-    assert theirs.n_words == ours.n_vocab and theirs.eos_id == ours.eot_token
+    assert theirs.n_words == ours.n_vocab == 131072 and theirs.eos_id == ours.eot_token == 2
     rng = random.Random(0)
     parts = [*ODD_TEXTS, "العربية", "कि", "<|endoftext|>", "</s>", "[INST]", "CamelCase"]
     texts = ["".join(rng.choices(parts, k=rng.randint(1, 60))) for _ in range(1000)]
     texts += [path.read_text("utf-8") for path in ROOT.glob("*.*") if path.suffix in (".py", ".md")]
     for text in texts:
-        assert ours.encode_ordinary(text) == theirs.encode(text, bos=False, eos=False)
+        ids = ours.encode(text, disallowed_special=())
+        assert ids == theirs.encode(text, bos=False, eos=False) and min(ids) >= 1000 and ours.decode(ids) == text
 
 
 def test_tokenizers_that_cannot_be_had(monkeypatch, tmp_path):
@@ -356,7 +308,7 @@ def test_tokenizers_that_cannot_be_had(monkeypatch, tmp_path):
         get_tokenizer("tekken")
     with pytest.raises(UserError, match="unknown tokenizer 'gpt5': known are bytes, tekken, gpt2"):
         get_tokenizer("gpt5")
-    monkeypatch.setitem(os.environ, "TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setitem(os.environ, "HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="'p50k_base' could not be downloaded .*TIKTOKEN_CACHE_DIR"):
         get_tokenizer("p50k_base")

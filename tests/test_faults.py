@@ -1,7 +1,7 @@
 """What can happen to a run: kills, signals, dead ranks, full disks and NaN, done to real processes; and files that were
 damaged or have changed.
 
-The long ones are marked slow. README's table of faults names these tests.
+The long ones are marked slow. The table of docs/reliability.md names these tests.
 """
 
 import contextlib
@@ -24,12 +24,11 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train
 from activations import get_activation, load_derived
 from identity import own_source
 from run import read_checkpoint, save_checkpoint
-from runs import ROOT, error, here, launch, log, run
+from runs import ROOT, assert_same_losses, error, here, launch, log, run
 
 
 def wait_for(pattern, process, times=1):
@@ -92,13 +91,13 @@ def kill(number, function, call, rank=0):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(config, tmp_path, kills):
+def test_killed_at_random_moments(config, tmp_path, out, kills):
     """A checkpoint after every step: a good part of the time is spent in writing one."""
     options = ["--max_steps=60", "--checkpoint_every=1", "--eval_every=10", "--keep_checkpoints=2", "--dim=64"]
     here(config, *options, f"--out={tmp_path}/whole")
-    out, rng, done, moments = tmp_path / "killed", random.Random(kills), 0, set()
+    rng, done, moments = random.Random(kills), 0, set()
     while done < kills:
-        process = launch(config, *options, f"--out={out}", "--resume")
+        process = launch(config, *options, "--resume")
         wait_for(r"^step \d+/60  loss", process, times=rng.randint(1, max(1, 90 // kills)))
         time.sleep(rng.random() * 0.02)
         process.kill()
@@ -106,14 +105,13 @@ def test_killed_at_random_moments(config, tmp_path, kills):
         moments.add(tuple(sorted(path.name for path in out.glob("*.tmp"))))
         with open(out / "log.jsonl", "a") as file:
             file.write('[]\n"x"\n{"kind": "val"}\n{"kind": "train", "step": 59, "lo')  # torn by the kill
-    here(config, *options, f"--out={out}", "--resume")
+    here(config, *options, "--resume")
     if kills >= 20:
         assert len(moments) > 1  # some of the kills left half a checkpoint behind
     assert_same(out, tmp_path / "whole")
 
 
-def test_a_leftover_temporary_file_is_no_checkpoint(config, tmp_path):
-    out = tmp_path / "out" / "tiny"
+def test_a_leftover_temporary_file_is_no_checkpoint(config, out):
     here(config, "--max_steps=8")
     (out / "ckpt.pt.tmp").write_bytes((out / "ckpt.pt").read_bytes()[:5000])
     assert "resuming" in here(config, "--resume", "--max_steps=12")
@@ -135,11 +133,10 @@ def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_ends_the_step_and_saves(config, tmp_path, number):
+def test_a_signal_ends_the_step_and_saves(config, tmp_path, out, number):
     options = ["--max_steps=60", "--checkpoint_every=1000", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/whole")
-    out = tmp_path / "stopped"
-    process = launch(config, *options, f"--out={out}")
+    process = launch(config, *options)
     wait_for("^step 7/60", process)
     process.send_signal(number)
     status, text = end(process)
@@ -147,15 +144,15 @@ def test_a_signal_ends_the_step_and_saves(config, tmp_path, number):
     last = text.splitlines()[-1]
     stopped = int(re.fullmatch(r"stopped at step (\d+), checkpoint saved", last)[1])
     assert 7 <= stopped < 60 and whole(out)["step"] == stopped
-    here(config, *options, f"--out={out}", "--resume")
+    here(config, *options, "--resume")
     assert log(out) == log(tmp_path / "whole")
 
 
-def test_a_signal_during_the_validation(config, tmp_path):
+def test_a_signal_during_the_validation(config, tmp_path, out):
     """It is cut off, and made after the restart: first that of step 3, then the last."""
     options = ["--max_steps=6", "--decay_steps=2", "--eval_every=3"]
     here(config, *options, f"--out={tmp_path}/whole")
-    clean, out = config.read_text(), tmp_path / "out" / "tiny"
+    clean = config.read_text()
     config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=1))
     for step in (3, 6):
         text = run(config, *options, "--resume", status=143)
@@ -179,23 +176,20 @@ def test_a_second_ctrl_c_stops_at_once(config):
     end(process)
 
 
-def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path):
+def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
     """1 → 2 → 1 processes, each but the last ended by SIGTERM."""
     options = ["--max_steps=60", "--micro_batch_size=2", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/one")
-    out = tmp_path / "changing"
     for processes, stop_at in ((1, 10), (2, 30)):
-        process = launch(config, *options, f"--out={out}", "--resume", processes=processes)
+        process = launch(config, *options, "--resume", processes=processes)
         wait_for(f"^step {stop_at}/60", process)
         process.send_signal(signal.SIGTERM)
         status, text = end(process)
         assert status == (143 if processes == 1 else 1)  # torchrun's own status
         assert len(re.findall(r"^stopped at step \d+, checkpoint saved$", text, re.M)) == 1, text
-    here(config, *options, f"--out={out}", "--resume")
+    here(config, *options, "--resume")
     whole(out)
-    for single, changing in zip(log(tmp_path / "one"), log(out), strict=True):
-        assert (single["kind"], single["step"]) == (changing["kind"], changing["step"])
-        assert changing["loss"] == pytest.approx(single["loss"], rel=1e-5)
+    assert_same_losses(out, tmp_path / "one", rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ dead ranks
@@ -237,11 +231,10 @@ def poison(monkeypatch):
     return apply
 
 
-def test_one_bad_step_is_left_out(config, tmp_path, poison):
+def test_one_bad_step_is_left_out(config, tmp_path, out, poison):
     here(config, f"--out={tmp_path}/clean")
     poison(lambda number, loss, norm: (loss, math.inf if number == 5 else norm))
-    out = tmp_path / "bad"
-    text = here(config, f"--out={out}")
+    text = here(config)
     assert "step 6/12  loss" in text and "not finite, update left out" in text
     (bad,) = [record for record in log(out) if record["kind"] == "bad"]
     assert bad["step"] == 6 and bad["grad_norm"] == "inf" and isinstance(bad["loss"], float)
@@ -252,9 +245,8 @@ def test_one_bad_step_is_left_out(config, tmp_path, poison):
     assert whole(out)["step"] == 12
 
 
-def test_a_run_that_stays_bad_stops_with_its_last_good_checkpoint(config, tmp_path):
+def test_a_run_that_stays_bad_stops_with_its_last_good_checkpoint(config, out):
     """The learning rate breaks the weights by an update that is itself finite; no checkpoint of them is kept."""
-    out = tmp_path / "out" / "tiny"
     here(config, "--max_steps=6", "--decay_steps=2", "--warmup_steps=0", "--checkpoint_every=1")
     text = here(config, "--resume", "--max_steps=40", "--lr=1e30", "--checkpoint_every=1", status=3)
     assert "not finite 10 times in a row; the last checkpoint is that of step 6" in text.splitlines()[-1]
@@ -266,20 +258,20 @@ def test_a_run_that_stays_bad_stops_with_its_last_good_checkpoint(config, tmp_pa
     assert all(record["kind"] != "bad" for record in log(out)) and log(out)[-1]["step"] == 12
 
 
-def test_all_processes_leave_out_the_same_step(config, tmp_path):
+def test_all_processes_leave_out_the_same_step(config, out):
     """One process alone sees a loss that is not finite."""
     loss = 'float("nan") if _number == 5 and _train.RANK == 1 else loss'
     poisoned = fault("compute_gradient", f"[({loss}, norm) for loss, norm in [_original(*arguments)]][0]")
     config.write_text(config.read_text() + poisoned)
-    run(config, "--micro_batch_size=2", f"--out={tmp_path}/two", processes=2)
-    assert [(r["kind"], r["loss"]) for r in log(tmp_path / "two") if r["step"] == 6] == [("bad", "nan")]
+    run(config, "--micro_batch_size=2", processes=2)
+    assert [(r["kind"], r["loss"]) for r in log(out) if r["step"] == 6] == [("bad", "nan")]
 
 
-def test_a_spike_is_flagged(config, tmp_path, poison):
+def test_a_spike_is_flagged(config, out, poison):
     poison(lambda number, loss, norm: (loss * (1 + (number == 7)), norm))
     text = here(config, "--log_every=5")
     flags = [line.endswith("spike") for line in text.splitlines() if re.match(r"step \d+/12  loss", line)]
-    steps = [(r["step"], "spike" in r) for r in log(tmp_path / "out" / "tiny") if r["kind"] == "train"]
+    steps = [(r["step"], "spike" in r) for r in log(out) if r["kind"] == "train"]
     assert steps == [(1, False), (5, False), (8, True), (10, False), (12, False)]  # step 8, out of turn
     assert flags == [flag for _, flag in steps]
 
@@ -287,25 +279,21 @@ def test_a_spike_is_flagged(config, tmp_path, poison):
 # ------------------------------------------------------------------------------------------------ full disk
 
 
-def small_files(size):
-    """Lets a process write files of at most `size` bytes: a quota, as it meets it."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def test_no_room_for_a_checkpoint(config, tmp_path):
-    out = tmp_path / "out" / "tiny"
+def test_no_room_for_a_checkpoint(config, out):
     here(config, "--max_steps=4", "--decay_steps=1")
     before, clean = (out / "ckpt.pt").read_bytes(), config.read_text()
-    limit = small_files(len(before) // 2)
-    text = run(config, "--resume", "--max_steps=12", status=2, preexec_fn=limit)
+
+    def limited():  # a quota, as the process meets it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+
+    text = run(config, "--resume", "--max_steps=12", status=2, preexec_fn=limited)
     assert "warning: no checkpoint at step 8 (File too large); the last checkpoint is that of step 4, and" in text
     assert "step 12/12  val loss" in text and text.count("error: ") == 1
     assert text.splitlines()[-1].startswith("error: ") and "make room on the disk, then --resume" in text
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-    config.write_text(
-        clean + kill(signal.SIGTERM, "evaluate", call=0)
-    )  # the last one, after the last checkpoint has failed
-    text = run(config, "--resume", "--max_steps=12", "--eval_every=1000", status=143, preexec_fn=limit)
+    # in the last validation, after the last checkpoint has failed
+    config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=0))
+    text = run(config, "--resume", "--max_steps=12", "--eval_every=1000", status=143, preexec_fn=limited)
     assert "warning: no checkpoint at step 12" in text and "checkpoint saved" not in text
     assert "stopped at step 12, the last checkpoint is that of step 4" in text.splitlines()
     config.write_text(clean)
@@ -346,8 +334,7 @@ def test_a_full_disk(config, small_disk):
 # ------------------------------------------------------------------------------------------------ damaged files
 
 
-def test_the_checkpoint_before_is_offered(config, tmp_path, capsys):
-    out = tmp_path / "out" / "tiny"
+def test_the_checkpoint_before_is_offered(config, out, capsys):
     here(config, "--keep_checkpoints=3")
     names = sorted(path.name for path in out.glob("ckpt*"))
     assert names == ["ckpt.pt", "ckpt_00000004.pt", "ckpt_00000008.pt", "ckpt_00000012.pt"]
@@ -364,7 +351,7 @@ def test_the_checkpoint_before_is_offered(config, tmp_path, capsys):
     assert whole(out)["step"] == 12 and not (out / "ckpt_00000004.pt").exists()
 
 
-def test_a_checkpoint_that_cannot_be_read(config, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_read(config, tmp_path, out, capsys):
     """Damaged, foreign, of another version, or made to run code."""
 
     class Evil:
@@ -372,11 +359,9 @@ def test_a_checkpoint_that_cannot_be_read(config, tmp_path, capsys):
             return os.system, (f"touch {tmp_path}/executed",)
 
     here(config, "--max_steps=8")
-    out, path = tmp_path / "out" / "tiny", tmp_path / "out" / "tiny" / "ckpt.pt"
+    path = out / "ckpt.pt"
     good, state, before = path.read_bytes(), torch.load(path, weights_only=True), log(out)
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 1
-    for bad in (good[:1000], b"", bytes(flipped), pickle.dumps(Evil())):
+    for bad in (good[:1000], b"", pickle.dumps(Evil())):
         path.write_bytes(bad)
         assert "ckpt.pt cannot be read" in error(capsys, config, "--resume")
     older = [state | {"version": version} for version in (None, state["version"] - 1)]
@@ -400,104 +385,71 @@ def test_one_process_per_node_checks_the_checksums(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ what has changed
 
 
-@pytest.fixture
-def stopped(config, tmp_path):
-    """stopped(*options): the folder of a finished run; tmp_path/out/tiny becomes the same run, stopped at step 8."""
-
-    def make(*options):
-        finished, out = tmp_path / "whole", tmp_path / "out" / "tiny"
-        if not finished.exists():
-            here(config, *options, f"--out={finished}", "--keep_checkpoints=2")
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(finished, out)
-        (out / "ckpt_00000008.pt").replace(out / "ckpt.pt")
-        return finished
-
-    return make
+def stopped(config, out, *options):
+    """A finished run; in `out` is the same one, stopped at step 8."""
+    here(config, *options, "--keep_checkpoints=2")
+    finished = shutil.copytree(out, out.with_name("finished"))
+    (out / "ckpt_00000008.pt").replace(out / "ckpt.pt")
+    return finished
 
 
-def test_data_that_changed_under_a_run(config, tmp_path, corpus, stopped, capsys, monkeypatch):
-    first, out = tmp_path / "data", tmp_path / "out" / "tiny"
-    shutil.copytree(corpus, first)
-    tokens = {split: np.fromfile(next(corpus.glob(f"*_{split}_*")), "<u2", offset=1024) for split in ("train", "val")}
-    finished = stopped(f"--data={first}")
+def test_data_that_changed_under_a_run(config, tmp_path, out, corpus, capsys, monkeypatch):
+    """They are refused, and the run stays as it was; in a folder that was moved, they are the same. (test_data.py has
+    all that can change.)"""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    finished = stopped(config, out, f"--data={data}")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def refused(message, split="", shards=(), tokenizer="bytes"):
-        """The same data with other shards of a split, or another tokenizer or none, are refused with this message."""
-        shutil.copytree(first, tmp_path / "changed")
-        for path in (tmp_path / "changed").glob(f"*_{split}_*"):
-            path.unlink()
-        for number, shard in enumerate(shards):
-            header = data.shard_header(np.dtype("<u2"), len(shard))
-            (tmp_path / "changed" / f"x_{split}_{number:06d}.bin").write_bytes(header + shard.tobytes())
-        meta = json.loads((first / "meta.json").read_text()) | {"tokenizer": tokenizer}
-        (tmp_path / "changed" / "meta.json").write_text(json.dumps(meta))
-        if not tokenizer:
-            (tmp_path / "changed" / "meta.json").unlink()
-        text = error(capsys, config, "--resume", f"--data={tmp_path}/changed")
-        assert f"the data have changed since the run began ({message} of" in text
-        shutil.rmtree(tmp_path / "changed")
-
-    refused("tokenizer", tokenizer="gpt2")
-    refused("tokenizer", tokenizer=None)
-    refused("training shards", "train", [tokens["train"][:6000], tokens["train"][6000:]])
-    refused("training shards", "train", [tokens["train"][::-1]])
-    refused("validation shards", "val", [tokens["val"][::-1]])
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "ORDER_VERSION", data.ORDER_VERSION + 1)
-        refused("order of batches")
+    path = next(data.glob("*_train_*"))
+    shard = path.read_bytes()
+    path.write_bytes(shard[:1024] + np.frombuffer(shard[1024:], "<u2")[::-1].tobytes())
+    message = f"the data have changed since the run began (training shards of {data})"
+    assert message in error(capsys, config, "--resume")
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
-
-    first.rename(tmp_path / "moved")
+    path.write_bytes(shard)
+    data.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    for folder in (tmp_path / "moved", "./moved"):
-        stopped()
-        assert "resuming" in here(config, "--resume", f"--data={folder}")
-        assert_same(out, finished)
+    assert "resuming" in here(config, "--resume", "--data=./moved")
+    assert_same(out, finished)
 
 
-DERIVED = """
-from functools import partial
-from activations import Activation
-from xielu import Integral, fused
-beta = 0.5
-def value(x, alpha):
-    return (alpha * x + beta) * x
-def partials(x, alpha):
-    return 2 * alpha * x + beta, x * x
-ACTIVATION = Activation("α·x² + βx", partial(Integral, fused(value, partials), {"alpha": (0.8, 0.0)}))
-"""
+# A file of its own that holds xIELU
+COPY = (ROOT / "xielu.py").read_text("utf-8").replace("COMPILE = True", "COMPILE = False")
+COPY += "\nfrom activations import Activation\nACTIVATION = Activation('the integral', XIELU)\n"
 
 
-def test_an_activation_that_changed_under_a_run(config, tmp_path, stopped, capsys, monkeypatch):
-    path, evaluate = tmp_path / "square.py", train.evaluate
-    path.write_text(DERIVED)
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """edited(old, new): that file with one change, which the next run reads, as another process would."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would hide a change within a second
 
+    def edit(old, new):
+        assert old in COPY
+        (tmp_path / "copy.py").write_text(COPY.replace(old, new), "utf-8")
+        load_derived.cache_clear()
+        return tmp_path / "copy.py"
+
+    return edit
+
+
+def test_an_activation_that_changed_under_a_run(config, out, edited, capsys, monkeypatch):
+    evaluate, path = train.evaluate, edited("", "")
+
     def edited_meanwhile(*arguments):
-        path.write_text(DERIVED.replace("2 * alpha", "3 * alpha"))
+        edited("CUT = 0.5", "CUT = 0.25")
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:  # what counts is the code that the run began with
         patch.setattr(train, "evaluate", edited_meanwhile)
-        finished = stopped(f"--activation={path}")
-    for old, new, message in [
-        ("2 * alpha", "3 * alpha", "has changed since the run began (partials)"),
-        ("alpha * x + beta) * x", "alpha * x - beta) * x", "has changed since the run began (value)"),
-        ("beta = 0.5", "beta = 0.6", "has changed since the run began (beta)"),
-        ("(0.8, 0.0)", "(0.8, 0.1)", "has changed since the run began (bounds)"),
-        ("α·x² + βx", "α·x² + x/2", "has changed since the run began (it was α·x² + βx, now α·x² + x/2)"),
-        ("    return 2", '    """f′, ∂f/∂α"""\n    # twice\n    return 2', ""),
-    ]:
-        path.write_text(DERIVED.replace(old, new))
-        load_derived.cache_clear()  # as in another process
-        assert not message or message in error(capsys, config, "--resume")
+        finished = stopped(config, out, f"--activation={path}")
+    assert "has changed since the run began (CUT): restore it" in error(capsys, config, "--resume")
+    edited("the integral", "ours")
+    assert "has changed since the run began (it was the integral, now ours)" in error(capsys, config, "--resume")
+    edited("# The table, row by row", "# So")
     here(config, "--resume")
-    assert_same(tmp_path / "out" / "tiny", finished)
+    assert_same(out, finished)
 
 
-def test_the_source_of_an_activation(tmp_path):
+def test_the_source_of_an_activation(edited):
     """It is the code and the constants that compute it, wherever they are, and nothing else."""
     source = {name: own_source(get_activation(name).module()) for name in ("xielu", "xiprelu", "xiep", "relu2", "relu")}
     assert {"XIELU", "xielu_fused", "value", "partials", "exp_remainder", "CUT", "DEGREE"} <= source["xielu"].keys()
@@ -505,30 +457,26 @@ def test_the_source_of_an_activation(tmp_path):
     assert not {"value", "partials", "CUT", "COMPILE"} & source["xiprelu"].keys()  # another row of the table
     assert {"xiep_value", "xiep_partials", "value", "partials"} <= source["xiep"].keys()
     assert source["relu2"].keys() == {"ReLUSquared"} and not source["relu"]
-
-    path, text = tmp_path / "copy.py", (ROOT / "xielu.py").read_text()
-    text += "\nfrom activations import Activation\nACTIVATION = Activation('', XIELU)\n"
     for old, new, changed in [
-        ("COMPILE = True", "COMPILE = False", []),
+        ("COMPILE = False", "COMPILE = True", []),
         ("def xielu_reference(", "def renamed(", []),
         ('"""f(x), in at least float32."""', '"""So."""  # so', []),
         ("CUT = 0.5", "CUT = 0.25", ["CUT"]),
         ("float32: 8", "float32: 9", ["DEGREE"]),
         ("math.log2(math.e)", "1.44", ["exp_terms"]),
+        ("2 * alpha_p * z", "3 * alpha_p * z", ["partials"]),
+        ("(alpha_p * z + beta) * z", "(alpha_p * z - beta) * z", ["value"]),
+        ('"alpha_p": (alpha_p, 0.0)', '"alpha_p": (alpha_p, 0.1)', ["XIELU", "bounds"]),
     ]:
-        assert old in text
-        path.write_text(text.replace(old, new))
-        load_derived.cache_clear()
-        copied = own_source(get_activation(str(path)).module())
+        copied = own_source(get_activation(str(edited(old, new))).module())
         assert copied.keys() == source["xielu"].keys()
-        assert [name for name in copied if copied[name] != source["xielu"][name]] == changed
+        assert sorted(name for name in copied if copied[name] != source["xielu"][name]) == changed
 
 
 # ------------------------------------------------------------------------------------------------ two runs, one folder
 
 
-def test_two_runs_in_one_folder(config, tmp_path, capsys):
-    out = tmp_path / "out" / "tiny"
+def test_two_runs_in_one_folder(config, out, capsys):
     process = launch(config, "--max_steps=100000")
     wait_for("^step 5/", process)
     for options in ([], ["--resume"]):

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-import types
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,6 +16,15 @@ def error(capsys, *arguments):
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     return stderr
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """In place of W&B, a client that notes what it is told."""
+    client = Mock()
+    client.errors.Error = LookupError
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    return client
 
 
 def test_scalars():
@@ -57,34 +66,21 @@ def test_tensorboard(fake_run, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_wandb(fake_run, monkeypatch):
-    """A client that writes down what it is told: each line once, in order, under one id."""
-    begun, sent = [], []
-
-    def init(**options):
-        begun.append((options["id"], options["resume"]))
-        return types.SimpleNamespace(log=lambda values, step: sent.append((step, values)))
-
-    def stop(seconds):
-        raise KeyboardInterrupt
-
-    wandb = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=Warning))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(time, "sleep", stop)
+def test_wandb(fake_run, wandb, monkeypatch):
+    """Each line once, in order, under one id, also when following was interrupted."""
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=KeyboardInterrupt))
     out, _ = fake_run("relu2", 1, [5.0, 4.0, 3.0])
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
     for written, status in ((lines[:3], 130), (lines, 0)):
         (out / "log.jsonl").write_text("".join(written))
         assert follow.main([str(out), "--to=wandb"]) == status
-    first, second = begun
-    assert first == second and first[1] == "allow"
-    steps = [step for step, _ in sent]
-    assert steps == sorted(steps) and set(steps) == {0, 10, 20}
-    merged = {}
-    for step, values in sent:
-        merged.setdefault(step, {}).update(values)
-    assert [merged[step]["val/loss"] for step in (0, 10, 20)] == [5.0, 4.0, 3.0]
-    assert merged[20]["train/tokens_per_s"] == 120.0
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert first["id"] == second["id"] and first["resume"] == "allow"
+    sent = [(call.kwargs["step"], call.args[0]) for call in wandb.init().log.call_args_list]
+    # the last step is sent again, since W&B adds what has the same step
+    assert [step for step, _ in sent] == [0, 10, 10, 10, 10, 20, 20]
+    losses = {step: values["val/loss"] for step, values in sent if "val/loss" in values}
+    assert losses == {0: 5.0, 10: 4.0, 20: 3.0} and sent[-2][1]["train/tokens_per_s"] == 120.0
 
 
 def test_wandb_itself_offline(fake_run, monkeypatch):
@@ -99,15 +95,8 @@ def test_wandb_itself_offline(fake_run, monkeypatch):
 @pytest.mark.parametrize(
     "content, message", [("", "cannot be read"), ("[1]", "cannot be read"), (None, "run `wandb login` once")]
 )
-def test_wandb_that_cannot_start(fake_run, monkeypatch, capsys, content, message):
-    class NoKey(Exception):
-        pass
-
-    def init(**options):
-        raise NoKey("no API key configured")
-
-    wandb = types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=NoKey))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+def test_wandb_that_cannot_start(fake_run, wandb, capsys, content, message):
+    wandb.init.side_effect = LookupError("no API key configured")
     out, _ = fake_run("relu2", 1, [5.0, 4.0])
     if content is not None:
         (out / "wandb.json").write_text(content)
@@ -125,7 +114,6 @@ def test_a_folder_that_is_not_a_run(fake_run, capsys, content):
     "arguments, message",
     [
         ([], "required: run, --to"),
-        (["relu2-seed=1"], "required: --to"),
         (["relu2-seed=1", "--to=mlflow"], "invalid choice: 'mlflow' (choose from"),
         (["none", "--to=tensorboard"], "none is not the folder of a run"),
         (["relu2-seed=1", "--to=tensorboard"], "needs an optional package: pip install tensorboard"),

@@ -108,15 +108,14 @@ def test_import_is_exact(exported, tmp_path, activation):
     again, config_again, tokenizer_again = sample.load_run(tmp_path / "back", "cpu", torch.float32)
     assert tokenizer == tokenizer_again == "bytes"
     assert all(getattr(config, item.name) == getattr(config_again, item.name) for item in fields(ModelConfig))
-    state, state_again = ours.state_dict(), again.state_dict()
-    assert state.keys() == state_again.keys()
-    assert all(torch.equal(state[name], state_again[name]) for name in state)
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
 def test_an_imported_run_continues(exported, tmp_path, corpus):
     (out, folder), back = exported("relu2"), tmp_path / "back"
     keys = [f"--data={corpus}", "--tokens_per_step=256", "--micro_batch_size=4", "--eval_tokens=1000", "--max_steps=5"]
-    keys += ["--warmup_steps=0", "--decay_steps=0", "--compile=False", "--device=cpu", "--log_every=1"]
+    keys += ["--warmup_steps=0", "--decay_steps=0", "--log_every=1"]
+    keys += ["--compile=False", "--device=cpu", "--dtype=float32"]
     assert hf.main(["import", str(folder), str(back), *keys]) == 0
     here(back / "config.py", "--resume")
     assert log(back)[0]["loss"] == pytest.approx(log(out)[-1]["loss"], abs=1e-5)  # where the other one ended
@@ -138,8 +137,7 @@ def test_tokenizer(name, tmp_path):
         encoding = any_encoding(name)
     except UserError as error:
         pytest.skip(str(error))
-    hf.hf_tokenizer(encoding).save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hf.tokenizer_config(encoding, name, 64)))
+    hf.write_tokenizer(tmp_path, encoding, 64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in (TEXT, "".join(ODD_TEXTS), "return" * 3 + "e" * 50, Path(__file__).read_text()):
         assert theirs(text)["input_ids"] == encoding.encode_ordinary(text)
@@ -200,8 +198,7 @@ def check_mistake(argv, message, capsys):
         ({"model_type": "gpt2"}, "no model of type gpt2"),
         ({"model_type": "nobody"}, "cannot be read"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "positions of type linear"),
-        ({"mlp_bias": True}, "has biases"),
-        ({"head_dim": 64}, "heads of width 64"),
+        ({"model_type": "llama", "hidden_act": "silu", "intermediate_size": 49}, "does not divide by 3"),
         ({"hidden_size": 64}, "torch.Size([257, 32]) from checkpoint"),
         ({"hidden_size": None}, "config.json cannot be read"),
         ({"rms_norm_eps": "small"}, "config.json cannot be read"),
@@ -217,40 +214,30 @@ def test_folders_of_other_models(exported, tmp_path, capsys, keys, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_damaged_weights(exported, tmp_path, capsys):
+def test_damaged_and_other_weights(exported, tmp_path, capsys):
     folder = shutil.copytree(exported("relu2")[1], tmp_path / "folder")
     weights = folder / "model.safetensors"
     tensors = safetensors.load_file(weights)
-    weights.write_bytes(weights.read_bytes()[:-100])
     line = ["import", str(folder), str(tmp_path / "back")]
+    weights.write_bytes(weights.read_bytes()[:-100])
     check_mistake(line, "is damaged", capsys)
     weights.unlink()
     check_mistake(line, "has no .safetensors file", capsys)
-    safetensors.save_file(tensors | {"model.layers.0.mlp.act_fn.beta": torch.ones(1)}, weights)
-    check_mistake(line, "is 1.0, and this code's β is 0.5", capsys)
-    safetensors.save_file(tensors | {"model.new": torch.ones(1)}, weights)
-    check_mistake(line, 'Unexpected key(s) in state_dict: "new"', capsys)
-
-
-def test_weights_in_several_files_and_in_bf16(exported, tmp_path, capsys):
-    folder, back = shutil.copytree(exported("swiglu")[1], tmp_path / "folder"), tmp_path / "back"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    (folder / "model.safetensors").unlink()
-    theirs.save_pretrained(folder, max_shard_size="20KB")
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 1
-    assert hf.main(["import", str(folder), str(back), "--seq_len=16"]) == 0
-    ours = load(back)
-    assert ours.config.seq_len == 16 and {weight.dtype for weight in ours.parameters()} == {torch.float32}
-    tokens = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        assert torch.allclose(ours(tokens), theirs.float()(tokens).logits, atol=1e-5)
-    files[0].unlink()
-    check_mistake(["import", str(folder), str(tmp_path / "again")], "Missing key(s) in state_dict", capsys)
+    for name, shape, message in (
+        ("layers.0.mlp.act_fn.beta", 1, "is 1.0, and this code's β is 0.5"),
+        ("layers.0.mlp.up_proj.bias", 48, 'Unexpected key(s) in state_dict: "layers.0.mlp.up_proj.bias"'),
+        ("layers.0.self_attn.q_proj.weight", (128, 32), "size mismatch for layers.0.self_attn.q_proj.weight"),
+    ):
+        safetensors.save_file(tensors | {f"model.{name}": torch.ones(shape)}, weights)
+        check_mistake(line, message, capsys)
+    del tensors["model.norm.weight"]
+    safetensors.save_file(tensors, weights)
+    check_mistake(line, 'Missing key(s) in state_dict: "norm.weight"', capsys)
 
 
 def test_a_model_of_others(tmp_path, capsys):
-    """A Llama that transformers made, with a tokenizer of its own: imported, sampled from, and exported again."""
+    """A Llama that transformers made, in bf16 and several files, with a tokenizer of its own: imported, sampled from,
+    and exported again."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     theirs, back, again = tmp_path / "theirs", tmp_path / "back", tmp_path / "again"
@@ -263,13 +250,16 @@ def test_a_model_of_others(tmp_path, capsys):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = transformers.LlamaConfig(**sizes, **heads, initializer_range=0.3, eos_token_id=0, rope_theta=1e4)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.save_pretrained(theirs)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(theirs, max_shard_size="20KB")
+    assert len(list(theirs.glob("*.safetensors"))) > 1
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
 
-    assert hf.main(["import", str(theirs), str(back)]) == 0
-    tokens = torch.randint(400, (2, 64), generator=torch.Generator().manual_seed(0))
+    assert hf.main(["import", str(theirs), str(back), "--seq_len=48"]) == 0
+    ours = load(back)
+    assert ours.config.seq_len == 48 and {weight.dtype for weight in ours.parameters()} == {torch.float32}
+    tokens = torch.randint(400, (2, 48), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.allclose(model(tokens).logits, load(back)(tokens), atol=1e-5)
+        assert torch.allclose(model(tokens).logits, ours(tokens), atol=1e-5)
     prompt = tokenizer.encode("def größe").ids
     written = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0].tolist()
     capsys.readouterr()

@@ -5,7 +5,7 @@
     python -m tools.bench plan configs/xielu_1b.py --gpus=8               memory and hours, without a GPU
 
 All candidates are measured in one run, in turns, after a warm-up; each time is the median of the rounds. `step` builds
-and runs the model as train.py does. Besides --KEY=VALUE of train.py (`step`, `plan`), there are
+and runs the model as train.py does, on random tokens. Besides --KEY=VALUE of train.py (`step`, `plan`), there are
 
     --rounds=10           turns that each candidate gets; default 10 for kernel, 5 for step
     --tokens=20480        (kernel) rows of 9216; default 20480 on a GPU, 1820 on a CPU: 16.8 million elements
@@ -16,7 +16,6 @@ and runs the model as train.py does. Besides --KEY=VALUE of train.py (`step`, `p
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -25,19 +24,20 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import profile
+from torch._subclasses import FakeTensorMode
 
 import machine
 import train
 from activations import get_activation
 from command import Parser, UserError, run_command, whole_number
 from config import Config, read_command
-from data import Corpus
-from model import LOGITS_AT_ONCE, Linear, Llama
+from model import LOGITS_AT_ONCE, Llama
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints a line when it starts and stops
 
@@ -45,56 +45,47 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints 
 # Measuring
 
 
-def synchronize(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
 def seconds(job, device):
     """Seconds from calling job() until the device has finished it."""
-    synchronize(device)
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
     began = time.perf_counter()
     job()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - began
 
 
 def medians(jobs, device, rounds):
     """{name: median seconds} of {name: function}, run in turns after two rounds of warm-up."""
-    times = {name: [] for name in jobs}
-    for number in range(rounds + 2):
-        for name, job in jobs.items():
-            elapsed = seconds(job, device)
-            if number >= 2:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    turns = [{name: seconds(job, device) for name, job in jobs.items()} for _ in range(rounds + 2)]
+    return {name: statistics.median(turn[name] for turn in turns[2:]) for name in jobs}
 
 
-def bytes_kept(function, inputs):
-    """Bytes that autograd keeps of function(*inputs) for the backward pass; tensors that share memory count once."""
+def bytes_kept(function, inputs, without=()):
+    """Bytes that autograd keeps of function(*inputs) for the backward pass, without those of some tensors. Tensors that
+    share memory count once."""
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(*inputs)  # held until all are counted, so that no memory is used twice
-    del result
+        function(*inputs)
+    for tensor in without:
+        kept.pop(tensor.untyped_storage()._cdata, None)
     return sum(kept.values())
 
 
-def peak_memory(device, reset=False):
-    """Most bytes in use since the last reset: on the GPU, or by this whole process on Linux; else None."""
+def peak_memory(device):
+    """Most bytes in use since the last call: on the GPU, or by this whole process on Linux; else None."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
         return peak
     try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return None
@@ -112,38 +103,22 @@ def about(device):
     }
 
 
-# How a table writes a figure whose name ends like this; all others are shares
-FORMATS = {
-    "_ms": "{:.2f}".format,
-    "_gb_per_s": "{:.1f}".format,
-    "_per_element": "{:.2f}".format,
-    "step_s": "{:.3f}".format,
-    "tokens_per_s": "{:,.0f}".format,
-    "parameters": "{:,}".format,
-    "flops": lambda rate: f"{rate / 1e9:,.0f} GFLOP/s",
-    "memory_bytes": lambda size: f"{size / 2**20:,.0f} MiB",
-    "GiB": "{:.2f}".format,
-}
-
-
-def written(name, value):
-    """A figure as text; "-" for None."""
-    if value is None:
+def written(figure):
+    """A figure as text: whole from 1000 on, else with three decimals; "-" for None."""
+    if figure is None:
         return "-"
-    return next((form for end, form in FORMATS.items() if name.endswith(end)), "{:.1%}".format)(value)
+    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3f}"
 
 
 def print_table(corner, rows):
     """Print {row: {column: figure}} in aligned columns under their names; `corner` is the name of the first."""
     columns = [corner, *next(iter(rows.values()))]
     heads = [textwrap.wrap(column.replace("_", " "), 11) for column in columns]
-    height = max(map(len, heads))
-    lines = list(zip(*([""] * (height - len(head)) + head for head in heads)))
-    lines += [(row, *(written(*figure) for figure in figures.items())) for row, figures in rows.items()]
+    lines = list(zip_longest(*heads, fillvalue=""))
+    lines += [(row, *map(written, figures.values())) for row, figures in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for first, *others in lines:
-        cells = [first.ljust(widths[0])] + [text.rjust(width) for text, width in zip(others, widths[1:])]
-        print("  ".join(cells).rstrip())
+    for name, *figures in lines:
+        print(name.ljust(widths[0]), *map(str.rjust, figures, widths[1:]), sep="  ")
     print()
 
 
@@ -171,16 +146,9 @@ RATIOS = {
 }
 
 
-def forward_and_both(module, inputs, gradient):
-    """Two jobs: the module's forward pass, and forward with the gradients of inputs and scalars."""
-
-    def forward():
-        return module(*inputs)
-
-    def both():
-        torch.autograd.grad(module(*inputs), [*inputs, *module.parameters()], gradient)
-
-    return forward, both
+def gradients(module, inputs, gradient):
+    """The gradients of a module's inputs and scalars, given that of its output: its forward and backward pass."""
+    return torch.autograd.grad(module(*inputs), [*inputs, *module.parameters()], gradient)
 
 
 def measure_activations(device, dtype, tokens, rounds):
@@ -188,7 +156,7 @@ def measure_activations(device, dtype, tokens, rounds):
     one gets two inputs of 2/3 of the width."""
     source = torch.randn(tokens, WIDTH, device=device).to(dtype)
     target = torch.empty_like(source)
-    jobs, moved, kept = {"copy": lambda: target.copy_(source)}, {}, {}
+    jobs, moved, figures = {"copy": lambda: target.copy_(source)}, {}, {}
     for name, (activation, compiled) in CANDIDATES.items():
         module = get_activation(activation).module().to(device)
         if compiled:
@@ -197,34 +165,34 @@ def measure_activations(device, dtype, tokens, rounds):
         shape = (tokens, WIDTH * 2 // 3 if gated else WIDTH)
         inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2 if gated else 1)]
         gradient = torch.randn(shape, device=device).to(dtype)
-        jobs[name, "forward"], jobs[name, "both"] = forward_and_both(module, inputs, gradient)
-        size = gradient.numel() * dtype.itemsize
-        moved[name] = size * (len(inputs) + 1), size * (2 * len(inputs) + 1)  # read and written, each way
-        kept[name] = bytes_kept(module, inputs) / (tokens * WIDTH)
+        jobs[name, "forward"] = partial(module, *inputs)
+        jobs[name, "both"] = partial(gradients, module, inputs, gradient)
+        # read and written, each way
+        moved[name, "forward"] = gradient.nbytes * (len(inputs) + 1)
+        moved[name, "backward"] = gradient.nbytes * (2 * len(inputs) + 1)
+        figures[name] = {"bytes_kept_per_element": bytes_kept(module, inputs) / source.numel()}
     times = medians(jobs, device, rounds)
-    copy_rate = 2 * source.numel() * dtype.itemsize / times["copy"]
-    figures = {}
-    for name, sizes in moved.items():
-        forward = times[name, "forward"]
-        backward = times[name, "both"] - forward
-        figures[name] = {"bytes_kept_per_element": kept[name]}
-        for way, elapsed, size in zip(("forward", "backward"), (forward, backward), sizes):
+    copy_rate = 2 * source.nbytes / times["copy"]
+    for name in CANDIDATES:
+        times[name, "backward"] = times[name, "both"] - times[name, "forward"]
+        for way in ("forward", "backward"):
+            rate = moved[name, way] / times[name, way]
             figures[name] |= {
-                f"{way}_ms": elapsed * 1e3,
-                f"{way}_gb_per_s": size / elapsed / 1e9,
-                f"{way}_share_of_copy": size / elapsed / copy_rate,
+                f"{way}_ms": times[name, way] * 1e3,
+                f"{way}_gb_per_s": rate / 1e9,
+                f"{way}_share_of_copy": rate / copy_rate,
             }
     ratios = {ratio: times[above, "both"] / times[below, "both"] for ratio, (above, below) in RATIOS.items()}
     return {"copy_gb_per_s": copy_rate / 1e9, "activations": figures, "ratios": ratios}
 
 
-def kernel(options, _):
+def kernel(_, rounds, tokens, device):
     """Measure the activations alone, in float32 and bfloat16; returns the figures."""
-    device = machine.pick_device(options.device)
-    tokens = options.tokens or (20480 if device.type == "cuda" else 1820)
+    device = machine.pick_device(device)
+    tokens = tokens or (20480 if device.type == "cuda" else 1820)
     result = {"about": about(device), "tokens": tokens, "width": WIDTH, "dtypes": {}}
     for dtype in (torch.float32, torch.bfloat16):
-        figures = measure_activations(device, dtype, tokens, options.rounds)
+        figures = measure_activations(device, dtype, tokens, rounds)
         result["dtypes"][str(dtype)[6:]] = figures
         print(f"{str(dtype)[6:]}, {tokens} × {WIDTH}, copy {figures['copy_gb_per_s']:.1f} GB/s, {device}")
         print_table("activation", figures["activations"])
@@ -238,20 +206,17 @@ def kernel(options, _):
 
 
 class Candidate:
-    """A model with its optimizer and a batch, built as train.py builds them, and the times that it took."""
+    """A model with its optimizer, built as train.py builds them, and the times that its steps on a batch took.
 
-    def __init__(self, config, device, dtype):
-        self.config, self.device = config, device
-        self.model, _, self.optimizer = train.build(config, {}, device, dtype)
-        rows = config.tokens_per_step // config.seq_len
-        if Path(config.data).is_dir():
-            corpus = Corpus(config.data, "train", config.seq_len, config.vocab_size)
-            batch = torch.from_numpy(corpus.batch(config.seed, 0, rows))
-        else:
-            batch = torch.randint(config.vocab_size, (rows, config.seq_len + 1))
-        self.batch = batch.to(device)
-        self.first_step = seconds(self.step, device)
+    Between its turns it is on the CPU, so that each candidate has the GPU's memory to itself.
+    """
+
+    def __init__(self, config, batch, dtype):
+        self.config, self.batch, self.device = config, batch, batch.device
+        self.model, _, self.optimizer = train.build(config, {}, self.device, dtype)
+        self.first_step = seconds(self.step, self.device)
         self.times = []
+        self.move("cpu")
 
     def step(self):
         train.compute_gradient(self.model, self.batch, self.config)
@@ -261,14 +226,12 @@ class Candidate:
     def move(self, device):
         """Move model and optimizer to a device."""
         self.model.to(device)
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                state[name] = value.to(device)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # which puts it where the weights are
 
     def take_turn(self):
         """Time two steps, after one of warm-up."""
         self.step()
-        peak_memory(self.device, reset=True)
+        peak_memory(self.device)  # that of the warm-up and of the others does not count
         self.times += [seconds(self.step, self.device) for _ in range(2)]
         self.peak_memory = peak_memory(self.device)
 
@@ -299,83 +262,72 @@ PARTS = {
 
 
 def time_by_part(job, device, rounds):
-    """{part: seconds} of one call of job(), longest first, the mean of `rounds` calls; they add up to the whole call.
+    """Counter {part: seconds} of one call of job(), the mean of `rounds` calls; they add up to the whole call.
 
     The time of an op does not include the ops that it calls. On a GPU it is the time of the kernels that it launches;
     the profiler does not see those of Apple's GPUs. A compiled kernel is named after the ops that it fuses.
     """
-    with profile() as profiler:  # of the CPU, and of CUDA where it is available
+    with torch.profiler.profile() as profiler:  # of the CPU, and of CUDA where it is available
         total = sum(seconds(job, device) for _ in range(rounds))
     times = Counter()
     for op in profiler.key_averages():
-        if op.device_type == DeviceType.CPU:  # the kernels of a GPU are listed once more on their own
+        if op.device_type.name == "CPU":  # the kernels of a GPU are listed once more on their own
             name = re.sub(r"^graph_\d+_|_\d+$", "", op.key)
             part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), name)
             microseconds = op.self_device_time_total if device.type == "cuda" else op.self_cpu_time_total
             times[part] += microseconds / 1e6
-    times["outside ops"] = total - sum(times.values())  # in Python; on a GPU, idle
-    return {part: elapsed / rounds for part, elapsed in times.most_common()}
+    times["outside ops"] = total - times.total()  # in Python; on a GPU, idle
+    return Counter({part: elapsed / rounds for part, elapsed in times.most_common()})
 
 
 def print_parts(parts):
-    """Print {name: {part: seconds}} as shares of a step, one column per name, for the parts that take longest."""
-    shares, largest = {}, Counter()
-    for name, times in parts.items():
-        total = sum(times.values())
-        shares[name] = {part: elapsed / total for part, elapsed in times.items()}
-        largest |= Counter(shares[name])  # for each part, the larger of both
-    rows = {part: {name: shares[name].get(part) for name in shares} for part, _ in largest.most_common(12)}
-    print("where the time goes, by torch.profiler:")
+    """Print {name: Counter {part: seconds}} as shares of a step, for the parts that take longest."""
+    longest = sum(parts.values(), Counter()).most_common(12)
+    rows = {part: {name: times[part] / times.total() for name, times in parts.items()} for part, _ in longest}
+    print("where the time goes, as shares of a step, by torch.profiler:")
     print_table("part", rows)
 
 
-def matmul_job(device, dtype):
-    """(a job that multiplies two large matrices, its FLOPs)."""
-    size = (4096, 1024, 1024) if device.type == "cpu" else (8192, 8192, 8192)
-    a = torch.randn(size[0], size[1], device=device, dtype=dtype)
-    b = torch.randn(size[2], size[1], device=device, dtype=dtype)
-    return lambda: a @ b.T, 2 * math.prod(size)
-
-
 @torch._inductor.config.patch("cpp.enable_kernel_profile", True)  # otherwise a CPU's compiled kernels have no names
-def step(options, argv):
+def step(argv, rounds):
     """Measure training steps with each activation; returns the figures."""
     from_file, keys = read_command(argv)
     values = from_file | keys
-    names = (options.activation or values["activation"]).split(",")
+    names = values["activation"].split(",")
     configs = {name: Config(**(values | {"activation": name})) for name in names}
     config = configs[names[0]]
     config.check_batch(1)
     device = machine.pick_device(config.device)
     dtype = machine.pick_dtype(config.dtype, device)
     machine.be_deterministic(device, config.deterministic)
-    # Each of several candidates is on the GPU only in its turn, so that it has the memory to itself.
-    parked = torch.device("cpu") if len(names) > 1 else device
 
-    candidates, matmul, parts = {}, [], {}
+    candidates, matmul_times, parts = {}, [], {}
+    sequences = config.tokens_per_step // config.seq_len
+    batch = torch.randint(config.vocab_size, (sequences, config.seq_len + 1), device=device)
     for name in names:
-        candidates[name] = Candidate(configs[name], device, dtype)
+        candidates[name] = Candidate(configs[name], batch, dtype)
         print(f"{name}: first step {candidates[name].first_step:.1f} s", flush=True)
-        candidates[name].move(parked)
-    multiply, flops = matmul_job(device, dtype)
-    for number in range(options.rounds):
-        matmul.append(medians({"matmul": multiply}, device, 3)["matmul"])
+    rows, width = (4096, 1024) if device.type == "cpu" else (8192, 8192)
+    inputs = torch.randn(rows, width, device=device, dtype=dtype)
+    weight = torch.randn(width, width, device=device, dtype=dtype)
+    for number in range(rounds):
+        matmul_times += [seconds(lambda: inputs @ weight.T, device) for _ in range(3)]
         for name, candidate in candidates.items():
             candidate.move(device)
             candidate.take_turn()
-            if number == options.rounds - 1:
-                parts[name] = time_by_part(candidate.step, device, options.rounds)
-            candidate.move(parked)
+            if number == rounds - 1:
+                parts[name] = time_by_part(candidate.step, device, rounds)
+            candidate.move("cpu")
 
-    own_flops, peak_flops = flops / statistics.median(matmul), machine.peak_flops(device, dtype)
+    own_flops = 2 * rows * width**2 / statistics.median(matmul_times)
+    peak_flops = machine.peak_flops(device, dtype)
     figures = {name: candidate.figures(own_flops, peak_flops) for name, candidate in candidates.items()}
     rates = {name: figures[name]["tokens_per_s"] / figures[names[0]]["tokens_per_s"] for name in names}
     print(f"\n{str(dtype)[6:]} on {machine.device_name(device)}, own matmul {own_flops / 1e9:,.0f} GFLOP/s")
     print_table("activation", figures)
     print_parts(parts)
-    if len(names) > 1:
-        ratios = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
-        print(f"tokens per second over those of {names[0]}: {ratios}\n")
+    ratios = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
+    print(f"tokens per second over those of {names[0]}: {ratios}\n")
     return {
         "about": about(device),
         "config": vars(config),
@@ -390,43 +342,34 @@ def step(options, argv):
 # plan
 
 
-def kept_per_token(config, itemsize):
-    """Bytes per token that one compiled layer keeps for its backward pass (a test compares it with autograd's count).
-    itemsize: bytes per number of the compute dtype."""
-    qkv = config.dim + 2 * config.n_kv_heads * config.head_dim
-    # the layer's input, both norms' outputs, what attention adds to the residual, and attention's output twice: as
-    # its kernel and as o_proj want it
-    narrow = 6 * config.dim
-    hidden = config.mlp_dim * itemsize
-    if config.activation == "xielu_inverted":
-        wide = hidden + config.mlp_dim / 8  # the activation's output and one bit per element
-    else:
-        wide = (3 if config.gated else 2) * hidden  # the activation's inputs and its output
-    return (narrow + qkv) * itemsize + wide + 4 * (config.n_heads + 2)  # attention's log-sums, norms' 1/rms
+def kept_by_layer(config, dtype):
+    """Bytes that one compiled layer keeps for the backward pass of a micro-batch, including weights that it has cast.
+    They are counted in the graph that torch.compile makes of the layer, of tensors with a shape and no content."""
+    torch._dynamo.reset()  # a graph that was made with another memory_budget does not count
+    train.set_memory_budget(config.memory_budget)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Llama(replace(config, n_layers=1, vocab_size=1), dtype, seed=None)
+        x = torch.empty(config.micro_batch_size, config.seq_len, config.dim, dtype=dtype, requires_grad=True)
+    layer = torch.compile(model.layers[0], backend="aot_eager_decomp_partition")
+    return bytes_kept(layer, [x, model.cos, model.sin], without=[model.cos, model.sin, *model.parameters()])
 
 
-def memory_of(model, itemsize):
-    """{part: bytes} of one GPU that trains a model. itemsize: bytes per number of the compute dtype."""
-    config, parameters = model.config, model.num_parameters()
-    tokens = config.micro_batch_size * config.seq_len
-    linear = sum(module.weight.numel() for module in model.layers.modules() if isinstance(module, Linear))
-    head = model.lm_head.weight.numel()
-    logits = min(tokens * config.vocab_size, max(LOGITS_AT_ONCE, config.vocab_size))
-    chunked = tokens * config.vocab_size > LOGITS_AT_ONCE
+def memory_of(model, dtype):
+    """{part: bytes} of one GPU that trains a compiled model."""
+    config, parameters, head = model.config, model.num_parameters(), model.lm_head.weight.numel()
+    logits = config.micro_batch_size * config.seq_len * config.vocab_size
     return {
         "weights (float32)": 4 * parameters,
         "gradients (float32)": 4 * parameters,
         "optimizer (two float32 moments)": 8 * parameters,
-        "weights cast for the matmuls": linear * itemsize if itemsize < 4 else 0,
-        "activations kept for backward": tokens * config.n_layers * kept_per_token(config, itemsize),
-        # a chunk's logits and their gradient, in float32 and in the compute dtype; the head's summed gradient
-        "logits and loss": logits * (4 + 2 * itemsize) + (8 if chunked else 4) * head,
+        "kept by the layers for backward": config.n_layers * kept_by_layer(config, dtype),
+        # a chunk's logits, whose gradient takes their place; the head's weight and gradient, both cast, and their sum
+        "logits and loss": min(logits, LOGITS_AT_ONCE) * dtype.itemsize + head * (2 * dtype.itemsize + 4),
     }
 
 
-def plan(options, argv):
+def plan(argv, gpus, gpu, mfu):
     """Compute memory and hours of a run, from its config alone; returns the figures."""
-    gpus, gpu, mfu = options.gpus, options.gpu, options.mfu
     if not 0 < mfu <= 1:
         raise UserError(f"mfu must be above 0 and at most 1, not {mfu}")
     from_file, keys = read_command(argv)
@@ -434,28 +377,26 @@ def plan(options, argv):
     config.check_batch(gpus)
     with torch.device("meta"):
         model = Llama(config)
-    memory = memory_of(model, 4 if config.dtype == "float32" else 2)  # every GPU of the table computes in bf16
-    peak, flops = machine.PEAK_FLOPS[gpu], model.flops_per_token()
+    # every GPU of the table computes in bfloat16
+    memory = memory_of(model, torch.float32 if config.dtype == "float32" else torch.bfloat16)
+    parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     tokens = config.max_steps * config.tokens_per_step
-    hours = tokens * flops / (gpus * peak * mfu) / 3600
-    micro_batches = config.tokens_per_step // (gpus * config.micro_batch_size * config.seq_len)
-    print(f"{config.activation}: {model.num_parameters():,} parameters, {flops:,} FLOPs per token")
+    flops = tokens * flops_per_token
+    peak = machine.PEAK_FLOPS[gpu]
+    hours = flops / (gpus * peak * mfu) / 3600
+    rows, length = config.micro_batch_size, config.seq_len
+    micro_batches = config.tokens_per_step // (gpus * rows * length)
+    print(f"{config.activation}: {parameters:,} parameters, {flops_per_token:,} FLOPs per token")
     print(f"{tokens:,} tokens in {config.max_steps:,} steps of {config.tokens_per_step:,}")
-    print(
-        f"{gpus} × {gpu}: {config.micro_batch_size} × {config.seq_len} tokens per GPU at once, "
-        f"{micro_batches} times per step\n"
-    )
+    print(f"{gpus} × {gpu}: {rows} × {length} tokens per GPU at once, {micro_batches} times per step\n")
     in_all = memory | {"in all": sum(memory.values())}
     print_table("memory per GPU", {part: {"GiB": size / 2**30} for part, size in in_all.items()})
     print(f"{hours:,.1f} hours at {mfu:.0%} of {gpus} × {peak / 1e12:,.0f} TFLOP/s")
     return {
         "config": vars(config),
-        "gpus": gpus,
-        "gpu": gpu,
-        "mfu": mfu,
-        "parameters": model.num_parameters(),
-        "flops_per_token": flops,
-        "flops": tokens * flops,
+        "parameters": parameters,
+        "flops_per_token": flops_per_token,
+        "flops": flops,
         "memory_bytes": memory,
         "hours": hours,
     }
@@ -480,7 +421,6 @@ def read_options(argv):
         parser.add_argument("--device", default="auto")
     elif command == "step":
         parser.add_argument("--rounds", type=whole_number, default=5)
-        parser.add_argument("--activation")
     else:
         parser.add_argument("--gpus", type=whole_number, default=8)
         parser.add_argument("--gpu", default="H100", choices=machine.PEAK_FLOPS)
@@ -492,12 +432,13 @@ def read_options(argv):
 
 
 def bench(argv):
-    """Measure what a command line names, and write the figures."""
+    """Measure what a command line names, and write its options and the figures."""
     options, others = read_options(argv)
-    result = COMMANDS[argv[0]](options, others)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"figures: {options.json}")
+    path = vars(options).pop("json")
+    figures = COMMANDS[argv[0]](others, **vars(options))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(vars(options) | figures, indent=2) + "\n", encoding="utf-8")
+    print(f"figures: {path}")
 
 
 def main(argv):

@@ -11,6 +11,7 @@ own. The same command again continues where it stopped, and runs nothing twice. 
     --nproc_per_node=1     processes per run, started by torchrun if more than one
 """
 
+import contextlib
 import csv
 import itertools
 import json
@@ -26,13 +27,13 @@ from pathlib import Path
 
 import torch
 
-from activations import get_activation, short_name
+from activations import short_name
 from command import Parser, UserError, format_seconds, run_command, whole_number
-from config import ROOT, Config, read_command, typed_keys
+from config import ROOT, Config, read_command
 from data import open_data
 from files import lock_folder
 from identity import check_activation
-from machine import pick_device
+from machine import pick_device, pick_dtype
 from model import Llama
 from run import read_about, read_log
 from tools import plot
@@ -60,51 +61,50 @@ class Run:
         return Path(self.config.out)
 
     @property
-    def flops(self):
-        return self.flops_per_token * self.config.tokens_per_step * self.config.max_steps
-
-
-def read_options(argv):
-    """(this tool's own options, the arguments that are train.py's)."""
-    parser = Parser("python -m tools.compare")
-    parser.add_argument("--out")
-    parser.add_argument("--dry_run", action="store_true")
-    parser.add_argument("--unmatched", action="store_true")
-    parser.add_argument("--nproc_per_node", type=whole_number, default=1)
-    return parser.parse_known_args(argv)
+    def tokens(self):
+        return self.config.max_steps * self.config.tokens_per_step
 
 
 def read_grid(argv, out, world):
     """The Runs that train.py's arguments, with lists for values, describe; UserError if one of them could not be run on
     `world` processes. The seed varies slowest, so that a comparison that is stopped early has whole rounds of
     activations."""
-    files = [argument for argument in argv if not argument.startswith("--")]
-    from_file, _ = read_command(files)
-    lists = {"seed": [str(from_file["seed"])]}
-    for argument in argv:
-        if argument.startswith("--"):
-            name, equals, values = argument[2:].partition("=")
-            lists[name] = values.split(",") if equals else ["True"]
-    if "resume" in lists:
-        raise UserError("leave --resume out: a comparison resumes by itself")
-    varied = [name for name, values in lists.items() if len(values) > 1 and name not in ("activation", "seed")]
-    runs = {}
-    for values in itertools.product(*lists.values()):
-        options = dict(zip(lists, values))
-        keys = from_file | typed_keys(options, "on the command line")
+    lists = {}
+    for argument in sorted(argv, key=lambda argument: not argument.startswith("--seed=")):
+        name, equals, values = argument.partition("=")
+        lists[name] = [f"{name}={value}" for value in values.split(",")] if equals else [name]
+    varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in ("--activation", "--seed")]
+    runs, shared_dtype = {}, None
+    for arguments in itertools.product(*lists.values()):
+        from_file, options = read_command(arguments)
+        keys = from_file | options
         case = {"activation": short_name(keys["activation"])} | {name: keys[name] for name in varied}
-        words = [f"{name}={value}" for name, value in case.items() if name != "activation"]
-        folder = "-".join([case["activation"], *words, f"seed={keys['seed']}"]).replace("/", "_")
+        folder = file_name(f"{plot.label_of(case)} seed={keys['seed']}")
         if folder in runs:
             raise UserError(f"{folder} is given twice: give each value of a list once")
+        if keys["dtype"] == "auto":
+            shared_dtype = shared_dtype or dtype_of_all(out, keys["device"])
+            arguments = [*arguments, f"--dtype={shared_dtype}"]
+            keys = keys | {"dtype": shared_dtype}
         config = Config(**(keys | {"out": f"{out}/{folder}", "resume": True}))
         config.check_batch(world)
         with torch.device("meta"):
             model = Llama(config)
-        arguments = [*files, *(f"--{name}={value}" for name, value in options.items())]
-        arguments += [f"--out={config.out}", "--resume"]
+        arguments = [*arguments, f"--out={config.out}", "--resume"]
         runs[folder] = Run(case, config, arguments, model.num_parameters(), model.flops_per_token())
     return list(runs.values())
+
+
+def dtype_of_all(out, device):
+    """What dtype=auto takes, the same for all runs in a folder: what it took for one that has begun, or takes now."""
+    for path in Path(out).glob("*/config.json"):
+        return read_about(path.parent)["config"]["dtype"]
+    return str(pick_dtype("auto", pick_device(device), print))[6:]
+
+
+def file_name(text):
+    """A text as the name of a file or folder."""
+    return text.replace(" ", "-").replace("/", "_")
 
 
 def spread(numbers):
@@ -116,8 +116,7 @@ def print_grid(runs):
     """Print the runs and their sizes; returns the spread of their parameters."""
     width = max(len(run.out.name) for run in runs)
     for run in runs:
-        tokens = run.config.max_steps * run.config.tokens_per_step
-        sizes = f"{run.parameters:,} parameters  {run.flops_per_token:,} FLOPs per token  {tokens:,} tokens"
+        sizes = f"{run.parameters:,} parameters  {run.flops_per_token:,} FLOPs per token  {run.tokens:,} tokens"
         print(f"{run.out.name.ljust(width)}  {sizes}")
     parameters = spread([run.parameters for run in runs])
     flops = spread([run.flops_per_token for run in runs])
@@ -134,34 +133,31 @@ def check_folder(run):
     if not (run.out / "config.json").exists():
         return
     about = read_about(run.out)
-    for name, value in vars(run.config).items():
-        saved = about["config"].get(name, value)
-        if name not in ("out", "resume") and saved != value:
-            raise UserError(
-                f"{run.out} holds a run with {name}={saved!r}, not {value!r}: choose another --out, or delete it"
-            )
     try:
+        for name, value in vars(run.config).items():
+            saved = about["config"].get(name, value)
+            if name not in ("out", "resume") and saved != value:
+                raise UserError(f"it has {name}={saved!r}, not {value!r}")
         check_activation(about, run.config)
     except UserError as error:
         raise UserError(f"{run.out} cannot continue: {error}: choose another --out, or delete it") from None
 
 
 def outcome(run):
-    """The results of a finished run: {"loss", "bits_per_byte", "tokens_per_s"}; None if it is not finished, or has
-    diverged."""
+    """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s"; None if it is not
+    finished, or has diverged."""
     records = read_log(run.out / "log.jsonl", run.config.max_steps)
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
     if not final or not math.isfinite(float(final[0]["loss"])):
         return None
     # The first step compiles. The median, because the machine may have been busy with something else for a while.
     speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
-    speed = statistics.median(speeds) if speeds else None
-    return {"loss": final[0]["loss"], "bits_per_byte": final[0]["bits_per_byte"], "tokens_per_s": speed}
+    return final[0] | {"tokens_per_s": statistics.median(speeds) if speeds else None}
 
 
-def execute(run, world, lock, on_step):
-    """Start or resume a run in a process of its own. Returns (exit status, its error or else its last line). Its output
-    goes to output.txt in its folder; on_step(run, step) is called for each line about a step."""
+def execute(run, world, lock, title):
+    """Start or resume a run in a process of its own. Returns (exit status, its first error or else its last line). Its
+    output goes to output.txt in its folder, and how far it is to the screen, after `title`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -173,21 +169,19 @@ def execute(run, world, lock, on_step):
         pass_fds=[lock.fileno()],  # if this process dies alone, the lock is held until the run has ended too
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
-    error = last = ""
+    last = ""
     try:
-        with open(run.out / "output.txt", "a", encoding="utf-8") as output:
+        with open(run.out / "output.txt", "a", buffering=1, encoding="utf-8") as output:  # line by line
             for line in process.stdout:
                 output.write(line)
-                output.flush()
-                last = line.strip() or last
-                error = last if last.startswith("error:") else error
-                if step := re.match(r"step (\d+)/", line):
-                    on_step(run, int(step[1]))
-        return process.wait(), error or last
-    except BaseException:
+                if line.strip() and not last.startswith("error:"):
+                    last = line.strip()
+                if progress := re.match(r"(step \d+/\d+) .*  (eta \w+)", line):
+                    show(f"{title}: {progress[1]}, {progress[2]}", passing=True)
+        return process.wait(), last
+    finally:  # after Ctrl-C, the run saves a checkpoint first
         process.terminate()
         process.communicate()
-        raise
 
 
 def show(text, passing=False):
@@ -200,42 +194,25 @@ def show(text, passing=False):
 
 def run_all(runs, world, lock):
     """Run what is not finished, one after another; returns {name of a failed run: why}."""
-    titles = {run.out.name: f"[{number}/{len(runs)}] {run.out.name}" for number, run in enumerate(runs, 1)}
-    # FLOPs of each run: still to compute (all of them, until its first line says where it resumes), and computed here
-    left = {run.out.name: run.flops for run in runs if outcome(run) is None}
-    done = {}
-    first_steps = {}
     failed = {}
-    began = time.monotonic()
-
-    def remaining():
-        if not any(done.values()):
-            return "starting"
-        seconds = (time.monotonic() - began) * sum(left.values()) / sum(done.values())
-        return f"{format_seconds(seconds)} left in all"
-
-    def on_step(run, step):
-        name, steps = run.out.name, run.config.max_steps
-        first = first_steps.setdefault(name, step)
-        done[name] = run.flops * (step - first) / steps
-        left[name] = run.flops * (steps - step) / steps
-        show(f"{titles[name]}: step {step}/{steps}, {remaining()}", passing=True)
-
-    for run in runs:
-        name, title = run.out.name, titles[run.out.name]
-        if name not in left:
+    for number, run in enumerate(runs, 1):
+        title = f"[{number}/{len(runs)}] {run.out.name}"
+        if outcome(run):
             show(f"{title}: finished before")
             continue
-        show(f"{title}: {remaining()}", passing=True)
-        run_began = time.monotonic()
-        status, last = execute(run, world, lock, on_step)
-        took = format_seconds(time.monotonic() - run_began)
-        left[name] = 0
+        show(f"{title}: starting", passing=True)
+        began = time.monotonic()
+        status, last = execute(run, world, lock, title)
+        took = format_seconds(time.monotonic() - began)
         if result := outcome(run):
-            show(f"{title}: val loss {result['loss']:.4f} after {took}, {remaining()}")
+            flops = sum(other.flops_per_token * other.tokens for other in runs[number:] if not outcome(other))
+            speed = run.flops_per_token * (result["tokens_per_s"] or math.inf)  # not measured in a run of one step
+            left = format_seconds(flops / speed)
+            show(f"{title}: val loss {result['loss']:.4f} after {took}, {left} left in all")
         else:
-            failed[name] = f"it failed with status {status}" if status else "its last validation loss is not finite"
-            show(f"{title}: after {took} {failed[name]}: {last} (its whole output is in {run.out}/output.txt)")
+            reason = f"it failed with status {status}" if status else "its last validation loss is not finite"
+            failed[run.out.name] = reason
+            show(f"{title}: after {took} {reason}: {last} (its whole output is in {run.out}/output.txt)")
     return failed
 
 
@@ -243,51 +220,42 @@ def run_all(runs, world, lock):
 # Results
 
 
-def mean_interval(values):
-    """(mean, [low, high]) of a few numbers, with the 95 % confidence interval of the mean by Student's t. A single
-    number has no interval, no numbers have no mean either: None."""
+def mean(values):
+    """The mean of a list; None if it is empty, or lacks a value (None)."""
+    return statistics.fmean(values) if values and None not in values else None
+
+
+def interval_of(values):
+    """[low, high]: the 95 % confidence interval of the mean of some numbers by Student's t; None for fewer than two."""
     from scipy import stats
 
-    mean = statistics.fmean(values) if values else None
     if len(values) < 2:
-        return mean, None
-    t = float(stats.t.ppf(0.975, df=len(values) - 1))  # 2.5 % of the distribution lie above it, and 2.5 % below −t
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, [mean - half, mean + half]
-
-
-def mean_result(results, name):
-    """The mean of a result over some runs; None if one of them does not have it."""
-    values = [result[name] for result in results]
-    return None if None in values else statistics.fmean(values)
-
-
-def finished_rows(runs):
-    """{name of a row: {seed: (run, its outcome)}} of the finished runs, in the order of the grid."""
-    rows = {plot.label_of(run.case): {} for run in runs}
-    for run in runs:
-        if result := outcome(run):
-            rows[plot.label_of(run.case)][run.config.seed] = run, result
-    return {name: by_seed for name, by_seed in rows.items() if by_seed}
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return [mean(values) + float(t) * error for t in stats.t.interval(0.95, df=len(values) - 1)]
 
 
 def summarize(runs):
-    """The rows of the table, one for each case, as dicts of plain numbers. A difference is to the first activation,
-    all other keys alike (or to the first row, if there is one activation), and paired by seed: two runs of a seed saw
-    the same batches in the same order."""
+    """The rows of the table, one for each case with a finished run, as dicts of plain numbers. A difference is to the
+    first activation, all other keys alike (or to the first row, if there is one activation), and paired by seed: two
+    runs of a seed saw the same batches in the same order."""
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
-    finished = finished_rows(runs)
+    cases = {plot.label_of(run.case): run for run in runs}
+    finished = {name: {} for name in cases}
+    for run in runs:
+        if result := outcome(run):
+            finished[plot.label_of(run.case)][run.config.seed] = result
     rows = []
-    for name, by_seed in finished.items():
-        run = next(iter(by_seed.values()))[0]
-        results = [result for _, result in by_seed.values()]
-        losses = {seed: result["loss"] for seed, (_, result) in by_seed.items()}
-        mean = statistics.fmean(losses.values())
+    for name, run in cases.items():
+        results = finished[name]
+        if not results:
+            continue
+        losses = {seed: result["loss"] for seed, result in results.items()}
+        loss = mean(list(losses.values()))
         reference = plot.label_of(run.case | {"activation": first["activation"]} if several else first)
-        compared = finished.get(reference, {}) if name != reference else {}
-        paired = {seed: loss - compared[seed][1]["loss"] for seed, loss in losses.items() if seed in compared}
-        difference, interval = mean_interval(list(paired.values()))
+        compared = finished[reference] if name != reference else {}
+        paired = {seed: losses[seed] - compared[seed]["loss"] for seed in losses if seed in compared}
         row = {
             "name": name,
             **run.case,
@@ -295,15 +263,15 @@ def summarize(runs):
             "flops_per_token": run.flops_per_token,
             "seeds": list(losses),
             "losses": list(losses.values()),
-            "loss": mean,
+            "loss": loss,
             "loss_std": statistics.stdev(losses.values()) if len(losses) > 1 else None,
-            "perplexity": math.exp(min(mean, 700)),  # e^709 is the largest float
-            "bits_per_byte": mean_result(results, "bits_per_byte"),
+            "perplexity": math.exp(min(loss, 700)),  # e^709 is the largest float
+            "bits_per_byte": mean([result["bits_per_byte"] for result in results.values()]),
             "reference": reference,
             "paired_seeds": list(paired),
-            "difference": difference,
-            "interval": interval,
-            "tokens_per_s": mean_result(results, "tokens_per_s"),
+            "difference": mean(list(paired.values())),
+            "interval": interval_of(list(paired.values())),
+            "tokens_per_s": mean([result["tokens_per_s"] for result in results.values()]),
         }
         rows.append(row)
     return rows
@@ -363,9 +331,8 @@ def report(rows, failed):
 
 def write_results(rows, failed, out):
     """results.md, .json and .csv: the same for the same losses, wherever they were computed, but for the speed."""
-    (out / "results.md").write_text(report(rows, failed), encoding="utf-8")
-    figures = json.dumps({"rows": rows, "failed": failed}, indent=2)
-    (out / "results.json").write_text(figures + "\n", encoding="utf-8")
+    (out / "results.md").write_text(report(rows, failed), "utf-8")
+    (out / "results.json").write_text(json.dumps({"rows": rows, "failed": failed}, indent=2) + "\n", "utf-8")
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -373,20 +340,16 @@ def write_results(rows, failed, out):
             writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
 
 
-def draw_figures(runs, out):
+def draw_figures(rows, out):
     """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
-    rows = {name: [run for run, _ in by_seed.values()] for name, by_seed in finished_rows(runs).items()}
-    figures = {"loss": (plot.draw_loss, itertools.chain(*rows.values()))}
-    for name, row in rows.items():
-        if list(get_activation(row[0].config.activation).module().parameters()):
-            file_name = f"scalars-{name}".replace(" ", "-").replace("/", "_")
-            figures[file_name] = plot.draw_scalars, row
-    for name, (draw, drawn) in figures.items():
-        try:
-            draw([run.out for run in drawn], out / f"{name}.png")
-            print(f"figure: {out}/{name}.png")
-        except UserError as error:
-            print(f"note: there is no figure {name}.png: {error}")
+    folders = {row["name"]: [out / file_name(f"{row['name']} seed={seed}") for seed in row["seeds"]] for row in rows}
+    try:
+        plot.draw_loss(itertools.chain(*folders.values()), out / "loss.png")
+    except UserError as error:
+        print(f"note: there is no figure loss.png: {error}")
+    for name in folders:
+        with contextlib.suppress(UserError):  # an activation without trained scalars has no such figure
+            plot.draw_scalars(folders[name], out / file_name(f"scalars-{name}.png"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -395,18 +358,20 @@ def draw_figures(runs, out):
 
 def compare(argv):
     """Run a comparison; the exit status, 1 if one of its runs failed."""
-    options, others = read_options(argv)
+    parser = Parser("python -m tools.compare")
+    parser.add_argument("--out")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--unmatched", action="store_true")
+    parser.add_argument("--nproc_per_node", type=whole_number, default=1)
+    options, others = parser.parse_known_args(argv)
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
     out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
     runs = read_grid(others, out, world)
     differ = print_grid(runs)
     if differ > MATCHED and not options.unmatched:
         raise UserError(
-            f"the parameters of these runs differ by {differ:.2%}, more than {MATCHED:.1%}, so this would compare "
-            f"sizes: make them alike, or add --unmatched"
+            f"the parameters of these runs differ by {differ:.2%}, more than {MATCHED:.1%}: add --unmatched to allow it"
         )
-    for run in runs:
-        check_folder(run)
     if options.dry_run:
         return 0
     for config in {(run.config.data, run.config.device): run.config for run in runs}.values():
@@ -417,17 +382,17 @@ def compare(argv):
     except UserError:
         print(f"another comparison writes to {out}: waiting until it ends", flush=True)
         lock = lock_folder(out, wait=True)
+    with lock:
         for run in runs:
             check_folder(run)
-    with lock:
         failed = run_all(runs, world, lock)
         rows = summarize(runs)
         if not rows:
             raise UserError(f"none of the runs finished; of the first, {next(iter(failed.values()))}")
         write_results(rows, failed, out)
         print("\n" + report(rows, failed))
-        print(f"results: {out}/results.md, .json and .csv")
-        draw_figures(runs, out)
+        draw_figures(rows, out)
+        print(f"results: {out}/results.md, .json, .csv and the figures")
     return 1 if failed else 0
 
 

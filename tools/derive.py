@@ -29,23 +29,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import sympy
 import torch
 from scipy.integrate import quad
+from sympy.codegen.cfunctions import expm1, log1p
 
 import xielu
 from activations import ACTIVATIONS, load_derived
 from command import Parser, UserError, run_command
+from files import write_atomically
 from tools.plot import line_style, new_figure, save
-
-try:
-    import sympy
-    from sympy.codegen.cfunctions import expm1, log1p
-except ImportError:
-    if {"--help", "-h"}.isdisjoint(sys.argv):
-        print("error: tools.derive needs sympy, which does the mathematics: pip install sympy", file=sys.stderr)
-        sys.exit(2)
-    print(__doc__)
-    sys.exit()
 
 FOLDER = Path("derived")
 SECONDS = 30  # for each thing that sympy does: it may look for an integral without end
@@ -250,9 +243,8 @@ from xielu import Integral, fused
 def inside(x, *scalars):
     """p = max(x, 0), m = max(−x, 0) and the scalars, in float64, so that what cancels near 0 leaves enough digits; for
     bfloat16, whose own rounding is coarser, and on Apple's GPUs, which have no float64, in float32."""
-    narrow = x.dtype.itemsize == 2 or x.device.type == "mps"
-    x, *scalars = (number.to(torch.float32 if narrow else torch.float64) for number in (x, *scalars))
-    return torch.relu(x), torch.relu(-x), *scalars
+    dtype = torch.float32 if x.dtype.itemsize == 2 or x.device.type == "mps" else torch.float64
+    return [number.to(dtype) for number in (torch.relu(x), torch.relu(-x), *scalars)]
 
 
 def value({arguments}):
@@ -376,12 +368,10 @@ def report(function, rows, values, alphas):
     lowest = x[y.argmin()]
     minimum = f"f = {number_text(y.min())} at x = {number_text(lowest)}" if abs(lowest) < 100 else "none"
     (right, left), (up, down) = ([formula.subs(values) for formula in pair] for pair in list(rows.values())[:2])
-    slopes = number_text(left.subs(M, 0)), number_text(right.subs(P, 0))
+    slopes = dict.fromkeys((number_text(left.subs(M, 0)), number_text(right.subs(P, 0))))  # one, unless it jumps
     return [
-        f"With {', '.join(f'{symbol} = {value:.4g}' for symbol, value in values.items())}:"
-        if values
-        else "It has no scalars:",
-        f"    gradient at 0    {slopes[0] if slopes[0] == slopes[1] else ' on the left, on the right '.join(slopes)}",
+        f"With {', '.join(f'{symbol} = {value:.4g}' for symbol, value in values.items()) or 'no scalars'}:",
+        f"    gradient at 0    {' on the left, on the right '.join(slopes)}",
         f"    minimum          {minimum}",
         f"    x → −∞           f → {limit_text(down, M)}, f′ → {limit_text(left, M)}",
         f"    x → ∞            f → {limit_text(up, P)}, f′ → {limit_text(right, P)}",
@@ -416,11 +406,11 @@ def read_options(argv):
         parser.add_argument(option, default=default)
     parser.add_argument("--allow_jump", action="store_true")
     options = parser.parse_args(argv)
-    path = FOLDER / f"{options.name}.py"
+    options.path = FOLDER / f"{options.name}.py"
     if not re.fullmatch(r"[A-Za-z]\w{,50}", options.name, re.ASCII) or options.name in ACTIVATIONS:
         raise UserError(f"{options.name!r} is taken, or not a name: take letters, digits and _, as in my_xielu")
-    if path.exists():
-        raise UserError(f"{path} exists: choose another name, or delete it (and the runs that were made with it)")
+    if options.path.exists():
+        raise UserError(f"{options.path} exists: choose another name, or delete it (and the runs made with it)")
     return options
 
 
@@ -430,11 +420,10 @@ def derive(argv):
     options = read_options(argv)
     trained, fixed = read_scalars(options.trained, options.fixed)
     symbols = [*fixed, *trained]
-    gradients = [
-        read_gradient(options.positive, "--positive", P, symbols),
-        read_gradient(options.negative, "--negative", M, symbols),
-    ]
-    used = set().union(*(gradient.free_symbols for gradient in gradients))
+    positive = read_gradient(options.positive, "--positive", P, symbols)
+    negative = read_gradient(options.negative, "--negative", M, symbols)
+    gradients = [positive, negative]
+    used = positive.free_symbols | negative.free_symbols
     bounds = [bound for _, bound in trained.values()]
     unused = [str(symbol) for symbol in symbols if symbol not in used and fixed.get(symbol) not in bounds]
     if unused or gradients == [0, 0]:
@@ -444,27 +433,26 @@ def derive(argv):
         check_finite(gradient, size, start)
     integrals = [integrate(gradient, size) for gradient, size in zip(gradients, SIGN)]
     if not options.allow_jump:
-        check_jump(gradients[0].subs(P, 0), gradients[1].subs(M, 0))
+        check_jump(positive.subs(P, 0), negative.subs(M, 0))
     command = f"python -m tools.derive {shlex.join(argv)}"
     with time_limit("the formulas are too large to be written as code: try a simpler gradient"):
         rows = rows_of(gradients, integrals, trained)
         text = file_text(options.name, command, rows, trained, fixed)
-    FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:  # where it stays until it is checked
-        path, picture = Path(folder, f"{options.name}.py"), Path(folder, f"{options.name}.png")
-        path.write_text(text, "utf-8")
-        function = load_derived(path).module().function
-        alphas = alphas_of(trained, start)
-        check_derivatives(function, alphas)
-        for values in (start, values_of(trained, fixed, 0.3), values_of(trained, fixed, 3)):
-            for gradient, size in zip(gradients, SIGN):
-                check_side(function, gradient, size, trained, values)
-        print(table(rows), *report(function, rows, start, alphas), sep="\n")
-        title = ", ".join([options.name, *(f"{show(symbol)} = {value:.4g}" for symbol, value in start.items())])
-        draw(function, title, alphas, picture)
-        for file in (picture, path):
-            file.replace(FOLDER / file.name)
-    print(f"checked against numerical integration: {FOLDER / path.name}, its figure: {FOLDER / picture.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, "draft.py")
+        draft.write_text(text, "utf-8")
+        function = load_derived(draft).module().function
+    alphas = alphas_of(trained, start)
+    check_derivatives(function, alphas)
+    for values in (start, values_of(trained, fixed, 0.3), values_of(trained, fixed, 3)):
+        for gradient, size in zip(gradients, SIGN):
+            check_side(function, gradient, size, trained, values)
+    print(table(rows), *report(function, rows, start, alphas), sep="\n")
+    title = ", ".join([options.name, *(f"{show(symbol)} = {value:.4g}" for symbol, value in start.items())])
+    picture = options.path.with_suffix(".png")
+    draw(function, title, alphas, picture)
+    write_atomically(options.path, lambda file: file.write(text.encode()))
+    print(f"checked against numerical integration: {options.path}, its figure: {picture}")
 
 
 def main(argv):

@@ -24,14 +24,11 @@ POLL_SECONDS = 2
 
 def scalars(record):
     """{name: number} of a record of the log: train/loss, val/bits_per_byte, val/alpha_p/layer 3, …"""
-    values = {}
-    for name, value in record.items():
-        tag = f"{record['kind']}/{name}"
-        if isinstance(value, list):
-            values |= {f"{tag}/layer {number}": one for number, one in enumerate(value, 1)}
-        elif name != "step":
-            values[tag] = value
-    return {tag: value for tag, value in values.items() if type(value) in (int, float)}
+    values = {name: value for name, value in record.items() if name != "step"}
+    for name, layers in record.items():
+        if isinstance(layers, list):
+            values |= {f"{name}/layer {number}": value for number, value in enumerate(layers, 1)}
+    return {f"{record['kind']}/{name}": value for name, value in values.items() if type(value) in (int, float)}
 
 
 def follow(out):
@@ -50,15 +47,10 @@ def follow(out):
 
 
 def to_tensorboard(out, config):
-    """A function that writes a record into event files. They begin anew each time, so that no point is in them
-    twice."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--to=tensorboard needs an optional package: pip install tensorboard") from None
-    for old in (out / "tensorboard").glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = SummaryWriter(out / "tensorboard")
+    """A function that writes a record into an event file. Each time the record begins anew."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(out / "tensorboard", purge_step=0)  # so that TensorBoard forgets the points of before
     lines = [f"    {name} = {value!r}" for name, value in config.items()]  # indented, it is code to Markdown
     writer.add_text("config", "\n".join(lines))
 
@@ -73,10 +65,8 @@ def to_tensorboard(out, config):
 def to_wandb(out, config):
     """A function that sends a record to a run of W&B. The run's id and the last step that was sent are in
     wandb.json."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--to=wandb needs an optional package: pip install wandb") from None
+    import wandb
+
     path = out / "wandb.json"
     try:
         state = {"id": secrets.token_hex(4), "step": 0}
@@ -110,7 +100,10 @@ def mirror(argv):
     parser.add_argument("run", type=Path)
     parser.add_argument("--to", required=True, choices=TARGETS)
     options = parser.parse_args(argv)
-    write = TARGETS[options.to](options.run, read_about(options.run)["config"])
+    try:
+        write = TARGETS[options.to](options.run, read_about(options.run)["config"])
+    except ImportError:
+        raise UserError(f"--to={options.to} needs an optional package: pip install {options.to}") from None
     print(f"following {options.run}; Ctrl-C ends it")
     for record in follow(options.run):
         write(record)

@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
@@ -54,65 +55,57 @@ KEYS = {
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
     "vocab_size": "vocab_size",
+    "mlp_dim": "intermediate_size",
     "seq_len": "max_position_embeddings",
+    "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
 
 
-def hf_config(config, end_of_text):
-    """config.json of transformers, as a dict, for a ModelConfig. end_of_text: the token that delimits documents."""
+def hf_config(config, end_of_text, tokenizer):
+    """config.json of transformers, as a dict, for a ModelConfig. end_of_text: the token that delimits documents.
+    tokenizer: our name of the tokenizer, by which `import` knows it, or None."""
     model_type, hidden_act = CLASSES[config.activation]
     return {
         **{theirs: getattr(config, ours) for ours, theirs in KEYS.items()},
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
         "hidden_act": hidden_act,
-        "intermediate_size": config.mlp_dim,
-        "rope_theta": config.rope_theta,  # transformers 4 looks here, 5 below
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "mlp_bias": False,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text),
         "dtype": "float32",
+        "nanoxielu_tokenizer": tokenizer,
     }
 
 
 def our_config(folder):
-    """The ModelConfig of a folder that transformers has saved; UserError if our code cannot be that model."""
+    """(ModelConfig, our name of the tokenizer or None) of a folder that transformers has saved; UserError if our code
+    cannot be that model. (from_hf refuses biases and heads of another width, which show in the weights.)"""
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    if not path.exists():
+    if not path.exists():  # transformers would look for it on the web
         raise UserError(f"{folder} has no config.json: give a folder that transformers has saved")
     try:
         hf = AutoConfig.from_pretrained(folder).to_dict()
     except Exception as error:  # it has many kinds
         raise UserError(f"{path} cannot be read: {error}") from None
-    theirs = hf["model_type"], hf.get("hidden_act")
+    model_type, hidden_act = theirs = hf["model_type"], hf.get("hidden_act")
     if theirs not in CLASSES.values():
         known = ", ".join(" with ".join(pair) for pair in dict.fromkeys(CLASSES.values()))
-        raise UserError(f"no model of type {theirs[0]} with {theirs[1]}: there are {known}")
-    if hf.get("attention_bias") or hf.get("mlp_bias"):
-        raise UserError("this model has biases, which this code does not have")
+        raise UserError(f"no model of type {model_type} with {hidden_act}: there are {known}")
+    hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # where transformers 5 keeps rope_theta
+    if hf.get("rope_type", "default") != "default":
+        raise UserError(f"rotary positions of type {hf['rope_type']} are not those of this code")
+    values = {ours: hf[theirs] for ours, theirs in KEYS.items()}
+    values["activation"] = next(ours for ours in CLASSES if CLASSES[ours] == theirs)
+    width = values.pop("mlp_dim")
+    values["ffn_dim"] = width * 3 // 2 if model_type == "llama" else width
     try:
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"rotary positions of type {rope['rope_type']} are not those of this code")
-        width, gated = hf["intermediate_size"], hf["model_type"] == "llama"
-        if gated and width % 2:
-            raise UserError(f"intermediate_size={width} is odd: it must be 2/3 of a whole ffn_dim")
-        values = {ours: hf[theirs] for ours, theirs in KEYS.items()}
-        values["activation"] = next(ours for ours in CLASSES if CLASSES[ours] == theirs)
-        values["ffn_dim"] = width * 3 // 2 if gated else width
-        values["rope_theta"] = rope.get("rope_theta") or hf["rope_theta"]
-        config = ModelConfig(**typed_keys(values, f"in {path}"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return ModelConfig(**typed_keys(values, f"in {path}")), hf.get("nanoxielu_tokenizer")
+    except UserError as error:
         raise UserError(f"{path} does not make a model: {error}") from None
-    if hf.get("head_dim") not in (None, config.head_dim):
-        raise UserError(f"heads of width {hf['head_dim']}, which is not hidden_size / num_attention_heads")
-    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,32 +115,16 @@ def our_config(folder):
 def to_hf(state, config):
     """Our state dict with transformers' names. Its xIELU reads two more tensors: without them it would compute with
     β = 0. With eps = 0 its value and gradient at 0 are ours."""
-    tensors = {}
-    for name, tensor in state.items():
-        if name != "lm_head.weight":
-            name = "model." + name.replace("act_fn.raw_alpha", "act_fn.alpha")  # their alpha is the raw scalar
-        tensors[name] = tensor.contiguous()
-    if config.tie_embeddings:
-        del tensors["lm_head.weight"]
+    # their alpha is the raw scalar
+    tensors = {f"model.{name.replace('raw_alpha', 'alpha')}": tensor for name, tensor in state.items()}
+    head = tensors.pop("model.lm_head.weight")
+    if not config.tie_embeddings:
+        tensors["lm_head.weight"] = head
     if CLASSES[config.activation][1] == "xielu":
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.mlp.act_fn.beta"] = torch.tensor(0.5)
             tensors[f"model.layers.{layer}.mlp.act_fn.eps"] = torch.tensor(0.0)
     return tensors
-
-
-def from_hf(tensors, config):
-    """Our state dict, in float32, of tensors with transformers' names; UserError if their xIELU has another β."""
-    state = {}
-    for name, tensor in tensors.items():
-        if name.endswith("act_fn.beta") and tensor.float().item() != 0.5:
-            raise UserError(f"{name} is {tensor.item()}, and this code's β is 0.5")
-        if not name.endswith(("act_fn.beta", "act_fn.eps", "rotary_emb.inv_freq")):
-            ours = name.removeprefix("model.").replace("act_fn.alpha", "act_fn.raw_alpha")
-            state[ours] = tensor.float()
-    if config.tie_embeddings and "embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    return state
 
 
 def read_tensors(folder):
@@ -166,39 +143,42 @@ def read_tensors(folder):
     return tensors
 
 
-def check_weights(state, config, folder):
-    """UserError unless a state dict has the weights of this config's model, in their shapes."""
+def from_hf(tensors, config):
+    """Our state dict, in float32, of tensors with transformers' names; UserError if they are not the weights of this
+    config's model, or their xIELU has another β."""
+    state = {}
+    for name, tensor in tensors.items():
+        if name.endswith("act_fn.beta") and tensor.float().item() != 0.5:
+            raise UserError(f"{name} is {tensor.item()}, and this code's β is 0.5")
+        if not name.endswith(("act_fn.beta", "act_fn.eps", "rotary_emb.inv_freq")):
+            ours = name.removeprefix("model.").replace("act_fn.alpha", "act_fn.raw_alpha")
+            state[ours] = tensor.float()
+    if config.tie_embeddings and "embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
     with torch.device("meta"):
         model = Llama(config)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{folder} does not fit its config.json: {first}") from None
+        first = str(error).splitlines()[1]
+        raise UserError(f"the weights do not fit config.json: {shorten(first, 200)}") from None
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
-
-def byte_letters():
-    """{byte: letter}: the alphabet in which GPT-2 and its successors write bytes, printable ones as they are."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-def hf_tokenizer(encoding):
-    """A tokenizers.Tokenizer with the ids of a tiktoken.Encoding.
+def write_tokenizer(folder, encoding, seq_len):
+    """Write a tiktoken.Encoding, with its ids, as the files of a tokenizer of transformers.
 
     tiktoken merges any two neighbours that make a token, the lowest rank first, so all ways to split a token in two
     are merges of its rank.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = byte_letters()
+    letters = bytes_to_unicode()  # GPT-2's alphabet, in which tokenizers writes bytes
     ranks = {"".join(letters[byte] for byte in token): rank for token, rank in encoding._mergeable_ranks.items()}
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -211,37 +191,30 @@ def hf_tokenizer(encoding):
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(name, special=True, normalized=False) for name in encoding._special_tokens]
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def tokenizer_config(encoding, name, seq_len):
-    """tokenizer_config.json of transformers, as a dict, for a tiktoken.Encoding and our name of it."""
-    return {
+    tokenizer.add_special_tokens(list(encoding._special_tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), encoding.decode([encoding.eot_token])),
         "split_special_tokens": True,  # a special token in a text is plain text, as for prepare_data.py
         "clean_up_tokenization_spaces": False,
-        "nanoxielu_tokenizer": name,  # by which `import` knows it
     }
+    write_json(folder / "tokenizer_config.json", config)
 
 
-def our_name(folder):
-    """Our name of a folder's tokenizer, or None if it is another one."""
-    try:
-        return json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("nanoxielu_tokenizer")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Export and import
+def copy_tokenizer(source, target):
+    """Copy the files of a tokenizer of transformers, if a folder has them."""
+    for file in source.glob("tokenizer*.json"):
+        shutil.copy(file, target)
 
 
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Export and import
 
 
 def export_run(out, folder, tokenizer=None):
@@ -256,12 +229,10 @@ def export_run(out, folder, tokenizer=None):
     end_of_text = encoding.eot_token if name else imported_tokenizer(out)[1]
     folder.mkdir(parents=True, exist_ok=True)
     if name:
-        hf_tokenizer(encoding).save(str(folder / "tokenizer.json"))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(encoding, name, config.seq_len))
+        write_tokenizer(folder, encoding, config.seq_len)
     else:
-        for file in TOKENIZER_FILES:
-            shutil.copy(out / file, folder)
-    write_json(folder / "config.json", hf_config(config, end_of_text))
+        copy_tokenizer(out, folder)
+    write_json(folder / "config.json", hf_config(config, end_of_text, name))
     save_file(to_hf(model.state_dict(), config), folder / "model.safetensors", metadata={"format": "pt"})
     if CLASSES[config.activation][1] == "xielu":
         print("note: transformers rounds xIELU's scalars to bf16; to load all digits, see python -m tools.hf --help")
@@ -269,7 +240,8 @@ def export_run(out, folder, tokenizer=None):
 
 def import_folder(folder, out, options):
     """Make a run, at step 0, of a folder. options: {key: value} of train.py for its config."""
-    sizes = vars(our_config(folder))
+    model_config, tokenizer = our_config(folder)
+    sizes = vars(model_config)
     for name, value in options.items():
         # fewer positions are the same model; everything else that makes it is in the folder
         if name in (*sizes, "out", "resume") and not (name == "seq_len" and value <= sizes[name]):
@@ -280,25 +252,19 @@ def import_folder(folder, out, options):
     values = sizes | batch | options | {"out": str(out)}
     config = Config(**values)
     config.check_batch(processes=1)
-    state = from_hf(read_tensors(folder), config)
-    check_weights(state, config, folder)
-
-    tokenizer = our_name(folder)
     checkpoint = {
-        "model": state,
-        "optimizer": {"state": {}, "param_groups": []},
         "step": 0,
         "seconds": 0.0,
         "loss_average": None,
+        "model": from_hf(read_tensors(folder), config),
+        "optimizer": {"state": {}},
         "config": vars(config),
         "from_file": vars(config),
         "data": {"tokenizer": tokenizer} if tokenizer else {},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()), "utf-8")
-    if tokenizer is None and all((folder / name).exists() for name in TOKENIZER_FILES):
-        for name in TOKENIZER_FILES:
-            shutil.copy(folder / name, out)
+    copy_tokenizer(folder, out)
     save_checkpoint(out, checkpoint)
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import xielu
 from activations import ACTIVATIONS, short_name
 from command import Parser, UserError, run_command
 from run import read_about, read_log
-from xielu import XIELU
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; after the seventh they come again, dashed
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
@@ -88,63 +88,58 @@ def common_tokens(*groups):
     return sorted(set.intersection(*(set(run) for group in groups for run in group.values())))
 
 
-def logged(group, name, tokens, seeds=None):
+def logged(group, name, tokens, seeds):
     """What runs of a group logged under a name: an array (seeds, token counts), or (seeds, token counts, layers)."""
-    return np.array([[group[seed][count][name] for count in tokens] for seed in seeds or group])
+    return np.array([[group[seed][count][name] for count in tokens] for seed in seeds])
 
 
 def draw_band(axis, x, values, label, **style):
     """The mean over seeds of values (seeds, x), and a band from the lowest to the highest."""
-    axis.plot(x, values.mean(axis=0), label=label, linewidth=1.6, **style)
+    axis.plot(x, values.mean(axis=0), label=label, linewidth=1.6, marker="o", markersize=3, **style)
     if len(values) > 1:
         axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.2, lw=0)
 
 
-def token_unit(most):
-    """(size, name) of a unit that reads well for up to `most` tokens."""
-    for size, name in ((1e9, "billion tokens"), (1e6, "million tokens")):
-        if most >= size:
-            return size, name
-    return 1, "tokens"
+def label_tokens(axis):
+    """Label an x axis of tokens, whose numbers are written as 500k, 1.5M, 2G."""
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_xlabel("tokens")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_loss(folders, path):
     """Validation loss against tokens; beside it, its difference to the first group's, paired by seed."""
     groups = read_groups(folders)
-    tokens_of = {label: common_tokens(group)[1:] for label, group in groups.items()}  # without the untrained model
-    for label, tokens in tokens_of.items():
+    columns = min(len(groups), 2)
+    figure, [axes] = new_figure(1, columns, 2 + 4 * columns, 4)
+    for number, (label, group) in enumerate(groups.items()):
+        tokens = common_tokens(group)[1:]  # without the untrained model
         if len(tokens) < 2:
             raise UserError(f"{label} has too few validations for a curve: lower eval_every")
-    size, unit = token_unit(max(tokens[-1] for tokens in tokens_of.values()))
-    columns = 2 if len(groups) > 1 else 1
-    figure, axes = new_figure(1, columns, 2 + 4 * columns, 4)
-    for number, (label, tokens) in enumerate(tokens_of.items()):
-        losses = logged(groups[label], "loss", tokens)
-        draw_band(axes[0, 0], np.divide(tokens, size), losses, label, marker="o", markersize=3, **line_style(number))
-    axes[0, 0].set(xlabel=unit, ylabel="validation loss (nats per token)")
-    axes[0, 0].legend(frameon=False)
+        draw_band(axes[0], tokens, logged(group, "loss", tokens, group), label, **line_style(number))
+    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].legend(frameon=False)
     if len(groups) > 1:
-        draw_differences(axes[0, 1], groups, size)
-        axes[0, 1].set_xlabel(unit)
+        draw_differences(axes[1], groups)
+    for axis in axes:
+        label_tokens(axis)
     save(figure, path)
 
 
-def draw_differences(axis, groups, size):
-    """The difference of each group's loss to the first group's, paired by seed, against tokens in units of `size`."""
-    first, *others = groups
-    axis.axhline(0, label=first, linewidth=1.6, **line_style(0))
+def draw_differences(axis, groups):
+    """The difference of each group's loss to the first group's, paired by seed, against tokens."""
+    first = next(iter(groups))
     late = [0.0]  # the second half of training decides the scale, since early differences are far larger
-    for number, label in enumerate(others, 1):
-        seeds = [seed for seed in groups[label] if seed in groups[first]]
-        tokens = common_tokens(groups[label], groups[first])[1:]
+    for number, (label, group) in enumerate(groups.items()):
+        seeds = [seed for seed in group if seed in groups[first]]
+        tokens = common_tokens(group, groups[first])[1:]
         if seeds and tokens:
-            difference = logged(groups[label], "loss", tokens, seeds) - logged(groups[first], "loss", tokens, seeds)
-            draw_band(axis, np.divide(tokens, size), difference, label, marker="o", markersize=3, **line_style(number))
-            late.extend(difference[:, len(tokens) // 2 :].flat)
-    late = [value for value in late if math.isfinite(value)]
+            difference = logged(group, "loss", tokens, seeds) - logged(groups[first], "loss", tokens, seeds)
+            draw_band(axis, tokens, difference, label, **line_style(number))
+            late.extend(filter(math.isfinite, difference[:, len(tokens) // 2 :].flat))
     margin = 0.3 * (max(late) - min(late)) or 1e-3
-    axis.set_ylim(min(late) - margin, max(late) + margin)
-    axis.set_ylabel(f"difference to {first}, same seed (nats)")
+    axis.set(ylim=(min(late) - margin, max(late) + margin), ylabel=f"difference to {first}, same seed (nats)")
 
 
 def draw_scalars(folders, path):
@@ -152,28 +147,27 @@ def draw_scalars(folders, path):
     groups = read_groups(folders)
     if len(groups) > 1:
         raise UserError(f"give runs that differ only in their seed, not {', '.join(groups)}")
-    (label, group), tokens = next(iter(groups.items())), common_tokens(*groups.values())
-    first = next(iter(group.values()))[tokens[0]] if tokens else {}
-    names = [name for name, value in first.items() if isinstance(value, list)]
+    [(label, group)] = groups.items()
+    tokens = common_tokens(group)
+    record = next(iter(group.values()))[tokens[0]] if tokens else {}
+    names = [name for name, value in record.items() if isinstance(value, list)]
     if not names:
         raise UserError(f"the validations of {label} log no trained scalars")
     figure, axes = new_figure(len(names), 2, 10, 0.6 + 2.9 * len(names), sharex="col", sharey="row")
-    size, unit = token_unit(tokens[-1])
     for (left, right), name in zip(axes, names):
-        values = logged(group, name, tokens)
+        values = logged(group, name, tokens, group)
         layers = range(1, values.shape[2] + 1)
-        labelled = {*layers[:: math.ceil(len(layers) / 8)], layers[-1]}
         # from light to dark blue with depth, which can be told apart in grey too
         colours = np.linspace((0.55, 0.78, 0.91), (0.0, 0.16, 0.32), len(layers))
         for layer, colour in zip(layers, colours):
-            name_of_line = f"layer {layer}" if layer in labelled else None
-            draw_band(left, np.divide(tokens, size), values[:, :, layer - 1], name_of_line, color=colour)
-        draw_band(right, layers, values[:, -1], None, color="#00294F", marker="o")
+            draw_band(left, tokens, values[:, :, layer - 1], f"layer {layer}", color=colour)
+        draw_band(right, layers, values[:, -1], None, color=colours[-1])
         right.xaxis.get_major_locator().set_params(integer=True)
         left.set_ylabel(f"{label}: {SYMBOLS.get(name, name)}")
-    axes[-1, 0].set_xlabel(unit)
-    axes[-1, 1].set_xlabel(f"layer, after {tokens[-1] / size:,.4g} {unit}")
-    axes[0, 0].legend(frameon=False, ncols=2, fontsize="small")
+    label_tokens(axes[-1, 0])
+    axes[-1, 1].set_xlabel(f"layer, after {tokens[-1]:,} tokens")
+    shown = axes[0, 0].get_lines()[:: math.ceil(len(layers) / 8)]  # as many as fit into the legend
+    axes[0, 0].legend(handles=shown, frameon=False, ncols=2, fontsize="small")
     save(figure, path)
 
 
@@ -183,6 +177,7 @@ def draw_scalars(folders, path):
 
 def value_and_gradient(module, x, gated=False):
     """f and f′ at x; for a gated module at y = 1."""
+    xielu.COMPILE = False  # a compilation takes far longer than a few hundred points
     x = x.clone().requires_grad_()
     y = module(x, torch.ones_like(x)) if gated else module(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
@@ -191,14 +186,14 @@ def value_and_gradient(module, x, gated=False):
 
 def draw_xielu(path):
     """xIELU and its gradient: αp steepens the positive side, αn deepens the negative one."""
-    figure, axes = new_figure(1, 2, 10, 3.8)
+    figure, [axes] = new_figure(1, 2, 10, 3.8)
     x = torch.linspace(-4, 2, 601, dtype=torch.float64)
     for number, (alpha_p, alpha_n) in enumerate([(0.8, 0.8), (1.4, 1.4), (0.4, 0.65), (0.1, 0.52)]):
-        module = XIELU(alpha_p, alpha_n)
-        for axis, y in zip(axes[0], value_and_gradient(module, x)):
+        module = xielu.XIELU(alpha_p, alpha_n)
+        for axis, y in zip(axes, value_and_gradient(module, x)):
             label = f"αp = {alpha_p}, αn = {alpha_n}" + (" (start)" if number == 0 else "")
             axis.plot(x, y, label=label, linewidth=1.8, **line_style(number))
-    left, right = axes[0]
+    left, right = axes
     left.plot(0, 0, "o", color="black", markersize=4)
     right.plot(0, module.beta, "o", color="black", markersize=4)
     right.annotate(f"β = {module.beta}", (0, module.beta), xytext=(6, -14), textcoords="offset points")
@@ -211,12 +206,11 @@ def draw_xielu(path):
 def draw_activations(path):
     """Every activation of activations.py and its gradient: gated ones at y = 1, expanded ones at α = 0.25. The other
     implementations of xIELU, called xielu_…, have its curves and are left out."""
-    names = [name for name in ACTIVATIONS if not name.startswith("xielu_")]
-    rows = math.ceil(len(names) / 4)
+    drawn = {name: activation for name, activation in ACTIVATIONS.items() if not name.startswith("xielu_")}
+    rows = math.ceil(len(drawn) / 4)
     figure, axes = new_figure(rows, 4, 10, 2 * rows, sharey=True)
     x = torch.linspace(-4, 3, 701, dtype=torch.float64)
-    for axis, name in zip(axes.flat, names):
-        activation = ACTIVATIONS[name]
+    for axis, (name, activation) in zip(axes.flat, drawn.items()):
         module = activation.module()
         conditions = ["y = 1"] if activation.gated else []
         if isinstance(getattr(module, "alpha", None), torch.nn.Parameter):
@@ -228,10 +222,9 @@ def draw_activations(path):
         axis.set_title(name, fontsize="medium")
         axis.text(0.05, 0.86, ", ".join(conditions), transform=axis.transAxes, fontsize="small")
         axis.set_ylim(-1.2, 3)
-    for axis in axes.flat[len(names) :]:
+    for axis in axes.flat[len(drawn) :]:
         axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(handles=axes[0, 0].get_lines(), loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("x")
     save(figure, path)
 

@@ -16,7 +16,6 @@ A model has been trained on seq_len tokens at once. Of a longer prompt it reads 
 seq_len, the model forgets the older half and reads the newer half again, as if the text began there.
 """
 
-import codecs
 import json
 import math
 import os
@@ -48,7 +47,7 @@ def load_run(out, device, dtype):
     config = Config(**typed_keys(checkpoint["config"], f"in {out}/ckpt.pt"))
     check_activation(checkpoint, config)
     with torch.device(device):
-        model = Llama(config, dtype)
+        model = Llama(config, dtype, seed=None)
     model.load_state_dict(checkpoint["model"])
     for weight in model.parameters():
         if weight.ndim == 2:
@@ -61,28 +60,27 @@ def load_run(out, device, dtype):
 
 
 class Cache:
-    """The keys and values of the tokens that a model has read, (1, kv heads, tokens so far, D) for each layer, so that
-    each further token costs one position."""
+    """The keys and values of the tokens that a model has read, (layers, 2, 1, kv heads, seq_len, D), so that each
+    further token costs one position."""
 
     def __init__(self, model):
+        config = model.config
+        shape = (config.n_layers, 2, 1, config.n_kv_heads, config.seq_len, config.head_dim)
+        self.keys_values = torch.empty(shape, dtype=model.compute_dtype, device=model.cos.device)
         self.model = model
         self.tokens = 0
-        self.keys_values = [None] * len(model.layers)
 
     def read(self, tokens):
         """Logits (vocab_size,) after these further tokens, a list. Only the first call may get several at once."""
-        model, end = self.model, self.tokens + len(tokens)
-        cos, sin = model.cos[self.tokens : end], model.sin[self.tokens : end]
+        model, start, end = self.model, self.tokens, self.tokens + len(tokens)
+        cos, sin = model.cos[start:end], model.sin[start:end]
         x = model.embed_tokens(torch.tensor([tokens], device=cos.device)).to(model.compute_dtype)
-        for number, layer in enumerate(model.layers):
+        for layer, (keys, values) in zip(model.layers, self.keys_values[..., :end, :]):
             q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-            if self.tokens:
-                before = self.keys_values[number]
-                k, v = torch.cat((before[0], k), dim=2), torch.cat((before[1], v), dim=2)
-            self.keys_values[number] = k, v
+            keys[..., start:, :], values[..., start:, :] = k, v
             grouped = q.shape[1] != k.shape[1]
             # one token sees all before it; several, at the start, those before each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.tokens == 0, enable_gqa=grouped)
+            y = F.scaled_dot_product_attention(q, keys, values, is_causal=len(tokens) > 1, enable_gqa=grouped)
             x = x + layer.self_attn.output(y)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         self.tokens = end
@@ -94,7 +92,7 @@ def choose(logits, temperature, top_k, generator):
     logits = logits.float().cpu()
     if temperature == 0:
         return int(logits.argmax())
-    values, tokens = logits.topk(min(top_k, len(logits)) if top_k else len(logits))
+    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
     chances = torch.softmax((values - values[0]) / temperature, -1)
     return int(tokens[torch.multinomial(chances, 1, generator=generator)])
 
@@ -107,7 +105,7 @@ def generate(model, prompt, count, temperature, top_k, generator):
     unread = text[-limit:]
     for _ in range(count):
         if cache.tokens == limit:
-            cache = Cache(model)
+            cache.tokens = 0
             unread = text[-max(1, limit // 2) :]
         text.append(choose(cache.read(unread), temperature, top_k, generator))
         unread = text[-1:]
@@ -115,9 +113,8 @@ def generate(model, prompt, count, temperature, top_k, generator):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tokenizers: each is (encode, end, start_decoding). encode(text) → tokens, with what begins a document; end: the token
-# that ends one; start_decoding() → a function that takes one token after another and returns the text that each
-# completes, because a letter may be several tokens.
+# Tokenizers: each is (encode, end, decode). encode(text) → tokens, with what begins a document; end: the token that
+# ends one; decode(tokens) → text.
 
 
 def own_encoding(name, config):
@@ -136,11 +133,10 @@ def own_tokenizer(encoding):
     def encode(text):
         return [encoding.eot_token, *encoding.encode_ordinary(text)]
 
-    def start_decoding():
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: decoder.decode(text_of.get(token, b""))
+    def decode(tokens):
+        return b"".join(text_of.get(token, b"") for token in tokens).decode("utf-8", "replace")
 
-    return encode, encoding.eot_token, start_decoding
+    return encode, encoding.eot_token, decode
 
 
 def imported_tokenizer(out):
@@ -148,7 +144,6 @@ def imported_tokenizer(out):
     if not (out / "tokenizer.json").exists():
         raise UserError(f"the data of {out} has no meta.json that names its tokenizer: give --tokenizer=gpt2, say")
     from tokenizers import Tokenizer
-    from tokenizers.decoders import DecodeStream
 
     try:
         tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
@@ -160,15 +155,17 @@ def imported_tokenizer(out):
     def encode(text):
         return tokenizer.encode(text).ids or [end or 0]
 
-    def start_decoding():
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(tokenizer, token) or ""
-
-    return encode, end, start_decoding
+    return encode, end, tokenizer.decode
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
+
+
+def file_text(name):
+    """The text of a file, or of standard input for "-"; what is not UTF-8 becomes U+FFFD."""
+    with open(0 if name == "-" else name, "rb") as file:
+        return file.read().decode("utf-8", "replace")
 
 
 def read_options(argv):
@@ -177,7 +174,7 @@ def read_options(argv):
     parser.add_argument("out", metavar="RUN", type=Path)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", default="")
-    prompts.add_argument("--prompt_file")
+    prompts.add_argument("--prompt_file", dest="prompt", type=file_text)
     parser.add_argument("--tokens", type=whole_number, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_k", type=int, default=50)
@@ -192,38 +189,32 @@ def read_options(argv):
     return options
 
 
-def read_prompt(options):
-    """The prompt as text: the option itself, a file, or standard input."""
-    if options.prompt_file is None:
-        return options.prompt
-    file = sys.stdin.buffer if options.prompt_file == "-" else open(options.prompt_file, "rb")
-    with file:
-        return file.read().decode("utf-8", "replace")
-
-
 def write_texts(options):
     """Print the texts that the options ask for, token by token."""
-    prompt = read_prompt(options)
     device = machine.pick_device(options.device)
     dtype = machine.pick_dtype(options.dtype, device)
     model, config, known = load_run(options.out, device, dtype)
     if name := options.tokenizer or known:
-        encode, end, start_decoding = own_tokenizer(own_encoding(name, config))
+        encode, end, decode = own_tokenizer(own_encoding(name, config))
     else:
-        encode, end, start_decoding = imported_tokenizer(options.out)
-    tokens = encode(prompt)
+        encode, end, decode = imported_tokenizer(options.out)
     print(f"{options.out} on {device.type} in {str(dtype)[6:]}", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all letters
     generator = torch.Generator().manual_seed(options.seed)
+    start = encode(options.prompt)
     for number in range(options.num):
         if number:
             print("-" * 40)
-        print(prompt, end="", flush=True)
-        decode = start_decoding()
-        for token in generate(model, tokens, options.tokens, options.temperature, options.top_k, generator):
+        print(options.prompt, end="", flush=True)
+        tokens, printed = [], 0
+        for token in generate(model, start, options.tokens, options.temperature, options.top_k, generator):
             if token == end:
                 break
-            print(decode(token), end="", flush=True)
+            tokens.append(token)
+            text = decode(tokens)
+            if not text.endswith("\ufffd"):  # which stands for a letter that further tokens complete
+                print(text[printed:], end="", flush=True)
+                printed = len(text)
         print()
 
 
