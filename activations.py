@@ -1,4 +1,4 @@
-"""The activations that xIELU is compared with: one table from name to activation, one line of mathematics each.
+"""All activations: one table from name to activation, one line of mathematics each.
 
 An ungated activation maps one projection x of the MLP; a gated one (a gated linear unit) maps two, x and y.
 A gate g: ℝ → (0, 1) is used in three ways. Each may be expanded to the range (−α, 1 + α) by one trained scalar α, which
@@ -80,8 +80,8 @@ def arctan(x):
 
 
 class Gate(nn.Module):
-    """G(x) = g(x)·(1 + 2α) − α for a gate function g. If expanded, α is a trained scalar that starts at 0; else it is
-    0."""
+    """G(x) = g(x)·(1 + 2α) − α for a gate function g. If expanded, α is trained as it is, without a softplus, and
+    starts at 0, where G is g; else it is 0."""
 
     def __init__(self, function, expanded=False):
         super().__init__()
@@ -126,7 +126,8 @@ class ReLUSquared(nn.Module):
 
 @dataclass(frozen=True)
 class Activation:
-    """formula: one line of mathematics. module: makes the nn.Module. gated: it takes two projections (x, y)."""
+    """formula: one line of mathematics. module: called without arguments, makes an nn.Module that keeps shape and dtype
+    of x; its parameters take no weight decay. gated: it takes two projections (x, y)."""
 
     formula: str
     module: Callable[[], nn.Module]

@@ -1,7 +1,8 @@
 """What can be set: every key of a run with its default and its meaning, and where its value comes from.
 
 A config is a short Python file of assignments. It is executed, so it can import another one. Its values replace the
-defaults, and the command line replaces both. Until then they are plain dicts: a Config that exists is a valid one.
+defaults, and the command line replaces both. Until they are complete they stay plain dicts, so that every Config is
+valid.
 """
 
 import difflib
@@ -92,10 +93,14 @@ class Config(ModelConfig):
     seed: int = key(42, "of the initial weights and the data order", low=0, below=2**53)
     # machine
     device: str = key("auto", "auto takes the best there is", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = key("auto", "auto takes bfloat16 where it is clearly faster", choices=("auto", "float32", "bfloat16"))
+    dtype: str = key(
+        "auto",
+        "auto: bfloat16 on GPUs that support it and CPUs where it is faster",
+        choices=("auto", "float32", "bfloat16"),
+    )
     compile: bool = key(True, "compile the model; the first step takes longer, the others are faster")
     memory_budget: float = key(
-        1.0, "share of what a compiled layer keeps for the backward pass that it keeps; 0 recomputes all", low=0, most=1
+        1.0, "share of a compiled layer's saved tensors that stay in memory; the rest is recomputed", low=0, most=1
     )
     deterministic: bool = key(False, "the same losses, bit for bit, on CUDA too, but slower; a CPU always does so")
     # run

@@ -14,7 +14,8 @@ from command import UserError
 
 
 def is_constant(item):
-    """Whether an object is a number or a text, or a list, tuple or dict of such. A switch (True, False) is not."""
+    """Whether an object is a number or a text, or a list, tuple or dict of such. A switch like xielu.COMPILE is not: it
+    changes no formula."""
     if isinstance(item, dict | list | tuple):
         return all(map(is_constant, item.values() if isinstance(item, dict) else item))
     return isinstance(item, int | float | str | None) and not isinstance(item, bool)
@@ -22,11 +23,12 @@ def is_constant(item):
 
 def own_source(module):
     """{name: hash} of what an activation's module consists of: its class, the functions and constants that it holds,
-    and all that they name in turn, but for Python's own and PyTorch. Comments and docstrings do not count."""
+    and those that they call by a plain name in turn, but for Python's own and PyTorch. Not followed are cached
+    functions and calls through a module (as `helper.f`). Comments and docstrings do not count."""
     found, seen = {}, set()
     held = [pair for part in module.modules() for pair in [("class", type(part)), *vars(part).items()]]
     waiting = [(name, item) for name, item in held if name[0] != "_"]
-    for name, item in waiting:  # which grows meanwhile
+    for name, item in waiting:  # the list grows meanwhile
         if is_constant(item):
             found.setdefault(name, set()).add(repr(item))
         if isinstance(item, partial):
@@ -39,7 +41,7 @@ def own_source(module):
         source = textwrap.dedent(inspect.getsource(item))
         try:
             code = ast.parse(source)
-        except SyntaxError:  # a lambda: the lines around it are not a whole statement
+        except SyntaxError:  # a lambda: its lines are not a whole statement, so their text stands for them
             code = ast.parse(repr(source))
         for node in ast.walk(code):
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):

@@ -63,8 +63,8 @@ def pick_dtype(name, device, tell=lambda text: None):
 
 
 def faster_dtype():
-    """(dtype, reason) by timing a linear layer on this CPU. No flag tells: with AVX512-BF16 alone, bfloat16 is 2.5
-    times as fast as float32 on an AMD EPYC, and half as fast on an Intel Xeon."""
+    """(dtype, reason) by timing a linear layer on this CPU. No flag tells: with AVX512-BF16 alone, bfloat16 is
+    several times as fast as float32 on an AMD EPYC, and slower on an Intel Xeon (results/README.md)."""
     speeds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.randn(4096, 384).to(dtype), torch.randn(1536, 384).to(dtype)
@@ -110,7 +110,8 @@ def device_name(device):
 def be_deterministic(device, wanted=False):
     """Give the same losses, bit for bit, every time: always on a CPU, where it costs nothing (compiled code does not do
     so by itself), elsewhere if wanted."""
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # add up in float32, however it is split
+    # bf16 products are added up in float32, even if a sum is split
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if device.type == "cpu" or wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(True)

@@ -1,10 +1,10 @@
-"""The Llama of the paper: RMSNorm, rotary positions, causal attention, and an MLP whose activation is the question.
+"""The Llama of the paper: RMSNorm, rotary positions, causal attention, and an MLP whose activation is what we compare.
 
 Modules carry the names Hugging Face gives them (embed_tokens, self_attn.q_proj, mlp.act_fn, …), sizes those of
 Llama (dim, n_layers, …). B is the batch, T the sequence length, C the model's width `dim`, D a head's width.
 
-Weights are float32 masters; the model computes in `compute_dtype`. Each Linear casts its weight to the dtype of
-its input, so one glance at x tells the precision: the residual stream is in the compute dtype (as in the paper's
+Weights are kept in float32; the model computes in `compute_dtype`. Each Linear casts its weight to the dtype of
+its input, so the dtype of x is the precision: the residual stream is in the compute dtype (as in the paper's
 bf16 runs), while norms, rotary angles and the loss are computed in float32.
 """
 
@@ -57,7 +57,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(seq_len, head_dim, theta):
-    """cos and sin of the rotary angles, each (T, D/2) in float32: in bf16 the angle errs by 16 rad at T = 4096."""
+    """cos and sin of the rotary angles, each (T, D/2) in float32: in bf16 angles would be off by up to 16 rad (D = 96,
+    T = 4096)."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
@@ -140,7 +141,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.chunk_loss = chunk_loss
+        self.chunk_loss = chunk_loss  # compile_parts replaces it by its compiled form
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -189,8 +190,7 @@ class Llama(nn.Module):
         """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
         reduction "mean" (nats per token) or "sum". Never more than LOGITS_AT_ONCE logits at a time."""
         x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
-        # a power of two, so that the chunks are equal: 4096 at 147456 words
-        rows = 2 ** int(math.log2(max(1, LOGITS_AT_ONCE // self.config.vocab_size)))
+        rows = chunk_rows(self.config.vocab_size)
         if len(x) > rows and torch.is_grad_enabled():
             total = ChunkedLoss.apply(x, weight, targets, rows, self.chunk_loss)
         else:
@@ -201,7 +201,8 @@ class Llama(nn.Module):
         """Compile each layer and the loss of a chunk, in place. The layers share one compilation (24 take as long as
         one), state-dict names stay as they are, DDP can send one layer's gradients while the next layer computes, and
         no more than one chunk of logits is ever held."""
-        # On a GPU, Inductor would otherwise write part of xIELU's backward pass to memory and read it back.
+        # On a GPU, Inductor would otherwise write part of xIELU's backward pass to memory and read it back; at 200
+        # operations it is one kernel (docs/speed.md).
         options = {"realize_opcount_threshold": 200} if self.cos.is_cuda else None
         for layer in self.layers:
             layer.compile(options=options)
@@ -224,6 +225,12 @@ class Llama(nn.Module):
         """FLOPs to train on one token: 6 for each weight that multiplies, plus attention's 12·layers·width·T."""
         multiplying = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
         return 6 * multiplying + 12 * self.config.n_layers * self.config.dim * self.config.seq_len
+
+
+def chunk_rows(vocab_size):
+    """Rows of logits that the loss computes at once: a power of two, so that chunks are equal (4096 at 147456
+    words)."""
+    return 2 ** int(math.log2(max(1, LOGITS_AT_ONCE // vocab_size)))
 
 
 def chunk_loss(x, weight, targets):

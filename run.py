@@ -18,7 +18,7 @@ from files import lock_folder, write_atomically
 from identity import check_activation, describe
 from machine import LOCAL_RANK, RANK, RESTARTS, WORLD, device_name, git_commit, say
 
-# Raised whenever a checkpoint of before can no longer be loaded
+# To be increased when older checkpoints no longer load
 VERSION = 2
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def begin(from_file, options):
     state of a resumed run is its checkpoint."""
     asked = from_file | options
     out, resume = Path(asked["out"]), asked["resume"] or RESTARTS > 0
-    lock = lock_folder(out) if RANK == 0 and out.exists() else None
+    lock = lock_folder(out) if RANK == 0 and out.exists() else None  # a run that is refused creates no folder
     if resume and asked["dtype"] == "auto" and (out / "config.json").exists():
         # what auto took is written there before the first step; the machine may be busier now, and decide otherwise
         options = options | {"dtype": read_about(out)["config"]["dtype"]}
@@ -130,8 +130,8 @@ def save_checkpoint(out, state, keep=1):
 
 
 class Folder:
-    """A run's folder, to which the first process writes; the others keep count. A full disk does not end the run: the
-    old checkpoint stays, and lines of the log wait in memory."""
+    """A run's folder, to which the first process writes; the others only keep track of `saved`. A full disk does not
+    end the run: the old checkpoint stays, and lines of the log wait in memory."""
 
     def __init__(self, config, state, records, lock, device):
         """Write config.json and a log of these records, and open the log for more."""

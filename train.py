@@ -59,7 +59,7 @@ def train(from_file, options):
     machine.be_deterministic(device, config.deterministic)
     machine.join_processes(device, (config.out, start, sorted(validated)))
     dtype = machine.pick_dtype(config.dtype, device, say)
-    config = replace(config, dtype=str(dtype)[6:])  # what auto took holds for every later start of this run
+    config = replace(config, dtype=str(dtype)[6:])  # config.json remembers what auto took, for later starts of the run
     model, trained, optimizer = build(config, state, device, dtype)
     folder = Folder(config, state, records, lock, device)
     peak = machine.peak_flops(device, dtype)
@@ -111,7 +111,7 @@ def train(from_file, options):
         lr = learning_rate(config, step)
         if finite:
             update(optimizer, lr)
-        optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets, and must stay so
+        optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets: None would break them
         recent.append(time.perf_counter() - began - (after_save - before_save))
         state["seconds"] += recent[-1]
 
@@ -171,7 +171,8 @@ def stopped(folder, step, number):
 
 
 def build(config, state, device, dtype):
-    """(model, the same model as training calls it, optimizer), as a checkpoint or else the seed has them."""
+    """(model, the same model as training calls it: compiled, and in DDP if there are several processes, optimizer),
+    loaded from a checkpoint's state or initialised from the seed. Says what was built."""
     with torch.device(device):
         model = Llama(config, dtype, None if "model" in state else config.seed)
     say(
@@ -192,7 +193,7 @@ def build(config, state, device, dtype):
         set_memory_budget(config.memory_budget)
         model.compile_parts()
         say("compiling: the first step takes longer")
-        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled layer up; layers are small enough
+        torch._dynamo.config.optimize_ddp = False  # its DDPOptimizer would split each compiled layer
     elif config.memory_budget < 1:
         raise UserError(f"memory_budget={config.memory_budget} needs a compiled model, and nothing is compiled here")
     if WORLD == 1:
@@ -259,8 +260,8 @@ def agree(loss, device):
 
 
 def learning_rate(config, update):
-    """Of update 0 … max_steps − 1: linear warm-up, constant, then 1 − sqrt down to 0. The warm-up starts one step above
-    0 and the decay ends one step above it, so that no update has a learning rate of 0."""
+    """Of update 0 … max_steps − 1: linear warm-up, constant, then 1 − sqrt down to 0. The first update
+    has lr / warmup_steps and the last one is just above 0, so that no update has a learning rate of 0."""
     warmup = min(1.0, (update + 1) / max(1, config.warmup_steps))
     decayed = max(0, update - (config.max_steps - config.decay_steps))
     return config.lr * warmup * (1 - math.sqrt(decayed / max(1, config.decay_steps)))
@@ -285,7 +286,8 @@ def main(argv):
     try:
         return train(*read_command(argv))
     except (UserError, OSError) as error:
-        # The first process speaks, and torchrun then ends the others. A node where it cannot speak speaks for itself.
+        # The first process prints, and torchrun then ends the others. If it does not, the first one of each node
+        # prints.
         if RANK:
             time.sleep(5)
         if LOCAL_RANK == 0:

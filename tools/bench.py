@@ -37,7 +37,7 @@ import train
 from activations import get_activation
 from command import Parser, UserError, run_command, whole_number
 from config import Config, read_command
-from model import LOGITS_AT_ONCE, Llama
+from model import Llama, chunk_rows
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints a line when it starts and stops
 
@@ -357,14 +357,14 @@ def kept_by_layer(config, dtype):
 def memory_of(model, dtype):
     """{part: bytes} of one GPU that trains a compiled model."""
     config, parameters, head = model.config, model.num_parameters(), model.lm_head.weight.numel()
-    logits = config.micro_batch_size * config.seq_len * config.vocab_size
+    rows = min(config.micro_batch_size * config.seq_len, chunk_rows(config.vocab_size))
     return {
         "weights (float32)": 4 * parameters,
         "gradients (float32)": 4 * parameters,
         "optimizer (two float32 moments)": 8 * parameters,
         "kept by the layers for backward": config.n_layers * kept_by_layer(config, dtype),
         # a chunk's logits, whose gradient takes their place; the head's weight and gradient, both cast, and their sum
-        "logits and loss": min(logits, LOGITS_AT_ONCE) * dtype.itemsize + head * (2 * dtype.itemsize + 4),
+        "logits and loss": rows * config.vocab_size * dtype.itemsize + head * (2 * dtype.itemsize + 4),
     }
 
 

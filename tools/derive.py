@@ -2,7 +2,7 @@
 
     python -m tools.derive my_xielu --positive="2*ap*x + beta" --negative="an*(exp(x) - 1) + beta" \\
         --trained="ap=0.8, an=0.8>beta" --fixed="beta=0.5"
-    torchrun train.py configs/demo.py --activation=derived/my_xielu.py
+    python train.py configs/demo.py --activation=derived/my_xielu.py
 
 The gradient is integrated with f(0) = 0 and written as code to derived/my_xielu.py, with a figure beside it, once it
 has been checked against numerical integration of the gradient.
