@@ -93,11 +93,7 @@ class Config(ModelConfig):
     seed: int = key(42, "of the initial weights and the data order", low=0, below=2**53)
     # machine
     device: str = key("auto", "auto takes the best there is", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = key(
-        "auto",
-        "auto: bfloat16 on GPUs that support it and CPUs where it is faster",
-        choices=("auto", "float32", "bfloat16"),
-    )
+    dtype: str = key("auto", "auto takes bfloat16 where it is faster", choices=("auto", "float32", "bfloat16"))
     compile: bool = key(True, "compile the model; the first step takes longer, the others are faster")
     memory_budget: float = key(
         1.0, "share of a compiled layer's saved tensors that stay in memory; the rest is recomputed", low=0, most=1
