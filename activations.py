@@ -182,6 +182,8 @@ def load_derived(path):
     sys.modules[spec.name] = module  # torch.compile looks for the functions' globals there
     try:
         spec.loader.exec_module(module)
+        if not isinstance(module.ACTIVATION, Activation):
+            raise TypeError("its ACTIVATION is not an Activation")
         return module.ACTIVATION
     except (Exception, SystemExit) as error:
         reason = (str(error).strip().splitlines() or [""])[0]

@@ -209,9 +209,10 @@ def read_command(argv):
         raise UserError(f"give one config file, as in train.py configs/demo.py, not {' '.join(files) or 'none'}")
     pairs = [argument[2:].partition("=") for argument in argv if argument.startswith("--")]
     options = typed_keys({name: value if equals else True for name, equals, value in pairs}, "on the command line")
-    if not options.get("out", True):
+    if not options.get("out", True):  # --out= means the default
         del options["out"]
-    return DEFAULTS | {"out": f"out/{Path(files[0]).stem}"} | read_file(files[0]), options
+    from_file = DEFAULTS | read_file(files[0])
+    return from_file | {"out": from_file["out"] or f"out/{Path(files[0]).stem}"}, options
 
 
 def resumed(saved, from_file, options):

@@ -84,8 +84,17 @@ def read_about(out):
         about = json.loads((out / "config.json").read_text("utf-8"))
         int(about["config"]["max_steps"])
         return about
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
+
+
+def dtype_taken(out, state):
+    """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
+    machine may be busier now, and decide otherwise."""
+    try:
+        return read_about(out)["config"]["dtype"]
+    except (UserError, KeyError):
+        return state["config"]["dtype"] if state else "auto"
 
 
 def begin(from_file, options):
@@ -94,16 +103,17 @@ def begin(from_file, options):
     asked = from_file | options
     out, resume = Path(asked["out"]), asked["resume"] or RESTARTS > 0
     lock = lock_folder(out) if RANK == 0 and out.exists() else None  # a run that is refused creates no folder
-    if resume and asked["dtype"] == "auto" and (out / "config.json").exists():
-        # what auto took is written there before the first step; the machine may be busier now, and decide otherwise
-        options = options | {"dtype": read_about(out)["config"]["dtype"]}
-        asked = from_file | options
     state = load_checkpoint(out) if resume else None
+    if resume and asked["dtype"] == "auto":
+        options = options | {"dtype": dtype_taken(out, state)}
+        asked = from_file | options
     config = resumed(state, from_file, options | {"out": asked["out"]}) if state else Config(**asked)
     config.check_batch(WORLD)
     if not state:
         if RANK == 0 and not resume and any((out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
             raise UserError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+        if resume:
+            say(f"{out} has no checkpoint: starting from scratch")
         return config, {"step": 0, "seconds": 0.0, "loss_average": None, "data": {}}, [], lock
     check_activation(state, config)
     if state["step"] > config.max_steps:

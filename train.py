@@ -57,7 +57,7 @@ def train(from_file, options):
     device = machine.pick_device(config.device)
     corpus, validation, meta, state["data"] = open_data(config, state["data"], say)
     machine.be_deterministic(device, config.deterministic)
-    machine.join_processes(device, (config.out, start, sorted(validated)))
+    machine.join_processes(device, (config.out, config.dtype, start, sorted(validated)))
     dtype = machine.pick_dtype(config.dtype, device, say)
     config = replace(config, dtype=str(dtype)[6:])  # config.json remembers what auto took, for later starts of the run
     model, trained, optimizer = build(config, state, device, dtype)

@@ -190,6 +190,8 @@ def test_what_auto_took_holds(config, tmp_path, monkeypatch):
     (out / "ckpt.pt").unlink()
     assert "in bfloat16" in here(config, *options, "--resume")
     assert json.loads((out / "config.json").read_text())["config"]["dtype"] == "bfloat16"
+    (out / "config.json").write_text("[" * 100_000)  # damaged, and the checkpoint still tells
+    assert "in bfloat16" in here(config, *options, "--max_steps=3", "--resume")
 
 
 def test_memory_budget_needs_a_compiled_model(config, monkeypatch, capsys):

@@ -301,6 +301,8 @@ def step(argv, rounds):
     dtype = machine.pick_dtype(config.dtype, device)
     machine.be_deterministic(device, config.deterministic)
 
+    # every activation is a variant of the same functions, and variants beyond this limit would run uncompiled
+    torch._dynamo.config.recompile_limit = 64
     candidates, matmul_times, parts = {}, [], {}
     sequences = config.tokens_per_step // config.seq_len
     batch = torch.randint(config.vocab_size, (sequences, config.seq_len + 1), device=device)

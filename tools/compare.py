@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,7 +74,7 @@ def read_grid(argv, out, world):
         name, equals, values = argument.partition("=")
         lists[name] = [f"{name}={value}" for value in values.split(",")] if equals else [name]
     varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in ("--activation", "--seed")]
-    runs, shared_dtype = {}, None
+    runs = {}
     for arguments in itertools.product(*lists.values()):
         from_file, options = read_command(arguments)
         keys = from_file | options
@@ -82,10 +82,6 @@ def read_grid(argv, out, world):
         folder = file_name(f"{plot.label_of(case)} seed={keys['seed']}")
         if folder in runs:
             raise UserError(f"{folder} is given twice: give each value of a list once")
-        if keys["dtype"] == "auto":
-            shared_dtype = shared_dtype or dtype_of_all(out, keys["device"])
-            arguments = [*arguments, f"--dtype={shared_dtype}"]
-            keys = keys | {"dtype": shared_dtype}
         config = Config(**(keys | {"out": f"{out}/{folder}", "resume": True}))
         config.check_batch(world)
         with torch.device("meta"):
@@ -95,11 +91,20 @@ def read_grid(argv, out, world):
     return list(runs.values())
 
 
-def dtype_of_all(out, device):
-    """What dtype=auto takes, the same for all runs in a folder: what it took for one that has begun, or takes now."""
-    for path in Path(out).glob("*/config.json"):
-        return read_about(path.parent)["config"]["dtype"]
-    return str(pick_dtype("auto", pick_device(device), print))[6:]
+def share_dtype(runs):
+    """The runs with one dtype where they ask for auto: what it took for one of them that has begun, or takes now."""
+    auto = [run for run in runs if run.config.dtype == "auto"]
+    if not auto:
+        return runs
+    begun = [read_about(run.out)["config"] for run in auto if (run.out / "config.json").exists()]
+    taken = [config["dtype"] for config in begun if "dtype" in config]
+    dtype = taken[0] if taken else str(pick_dtype("auto", pick_device(auto[0].config.device), print))[6:]
+    return [
+        replace(run, config=replace(run.config, dtype=dtype), arguments=[*run.arguments, f"--dtype={dtype}"])
+        if run.config.dtype == "auto"
+        else run
+        for run in runs
+    ]
 
 
 def file_name(text):
@@ -383,6 +388,7 @@ def compare(argv):
         print(f"another comparison writes to {out}: waiting until it ends", flush=True)
         lock = lock_folder(out, wait=True)
     with lock:
+        runs = share_dtype(runs)
         for run in runs:
             check_folder(run)
         failed = run_all(runs, world, lock)
