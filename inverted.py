@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from xielu import cast, effective_scalar, exp_remainder, in_one_pass, partials, upcast, value
+from xielu import cast, chain_rule, effective_scalar, exp_remainder, in_one_pass, partials, upcast, value
 
 HALLEY_STEPS = {torch.float64: 2, torch.float32: 1}  # one takes an error of 5e-3 in w to 2e-8, two to 5e-16
 SERIES_ALONE = {torch.float64: 0.01, torch.float32: 0.5}  # below this √(2d) a step would lose more than it gains
@@ -83,11 +83,9 @@ def forward_pass(x, alpha_p, alpha_n, beta):
 
 def backward_pass(y, bits, grad, alpha_p, alpha_n, beta):
     """∂L/∂x, ∂L/∂αp and ∂L/∂αn, from the x that became y."""
-    grad = upcast(grad)
     x = invert(y, unpack(bits, y.numel()), alpha_p, alpha_n, beta)
-    slope, by_p, by_n = partials(x, alpha_p, alpha_n, beta)
-    grad_p, grad_n = (torch.where(grad == 0, 0, grad * partial).sum() for partial in (by_p, by_n))
-    return (grad * slope).to(y.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
+    grad_x, grad_p, grad_n = chain_rule(grad, *partials(x, alpha_p, alpha_n, beta))
+    return grad_x.to(y.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
 
 
 class Inverted(torch.autograd.Function):

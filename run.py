@@ -88,7 +88,7 @@ def read_about(out):
         raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
 
 
-def dtype_taken(out, state):
+def dtype_taken(out, state=None):
     """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
     machine may be busier now, and decide otherwise."""
     try:

@@ -184,6 +184,14 @@ class Fused(torch.autograd.Function):
         return grad_x, None, None, None, *(total.to(alpha.dtype) for total, alpha in zip(grads, alphas))
 
 
+def chain_rule(grad, slope, *by_alpha):
+    """∂L/∂x and ∂L/∂α for each alpha, in at least float32, from ∂L/∂y, f′(x) and each ∂f/∂α."""
+    grad = upcast(grad)
+    # where: a partial may overflow to ∞ at an x whose gradient is 0, and 0 · ∞ is NaN
+    grads = [torch.where(grad == 0, 0, grad * partial).sum() for partial in by_alpha]
+    return grad * slope, *grads
+
+
 def fused(value_of, partials_of):
     """Make an activation f that passes over memory once each way, from two functions of (x, *alphas, *fixed): value_of
     returns f(x), partials_of returns f′(x) and ∂f/∂α for each alpha.
@@ -196,11 +204,8 @@ def fused(value_of, partials_of):
         return cast(value_of(x, *scalars), x.dtype)
 
     def backward_pass(x, grad, *scalars):
-        slope, *by_alpha = partials_of(x, *scalars)
-        grad = upcast(grad)
-        # where: a partial may overflow to ∞ at an x whose gradient is 0, and 0 · ∞ is NaN
-        grads = [torch.where(grad == 0, 0, grad * partial).sum() for partial in by_alpha]
-        return (grad * slope).to(x.dtype), *grads
+        grad_x, *grads = chain_rule(grad, *partials_of(x, *scalars))
+        return grad_x.to(x.dtype), *grads
 
     def apply(x, *alphas, fixed=()):
         # flat, so that one compilation serves every shape

@@ -5,6 +5,7 @@ The long ones are marked slow. The table of docs/reliability.md names these test
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+import files
 import train
 from activations import get_activation, load_derived
 from identity import own_source
@@ -474,6 +476,15 @@ def test_the_source_of_an_activation(edited):
 
 
 # ------------------------------------------------------------------------------------------------ two runs, one folder
+
+
+def test_a_disk_without_locks(config, out, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    assert f"warning: {out} is on a disk without locks (No locks available)" in here(config)
+    assert whole(out)["step"] == 12
 
 
 def test_two_runs_in_one_folder(config, out, capsys):

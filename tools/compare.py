@@ -35,7 +35,7 @@ from files import lock_folder
 from identity import check_activation
 from machine import pick_device, pick_dtype
 from model import Llama
-from run import read_about, read_log
+from run import dtype_taken, read_about, read_log
 from tools import plot
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
@@ -96,8 +96,7 @@ def share_dtype(runs):
     auto = [run for run in runs if run.config.dtype == "auto"]
     if not auto:
         return runs
-    begun = [read_about(run.out)["config"] for run in auto if (run.out / "config.json").exists()]
-    taken = [config["dtype"] for config in begun if "dtype" in config]
+    taken = [dtype for run in auto if (dtype := dtype_taken(run.out)) != "auto"]
     dtype = taken[0] if taken else str(pick_dtype("auto", pick_device(auto[0].config.device), print))[6:]
     return [
         replace(run, config=replace(run.config, dtype=dtype), arguments=[*run.arguments, f"--dtype={dtype}"])
