@@ -204,13 +204,15 @@ class Corpus:
         first = number - (self.ends[index - 1] if index else 0)
         return self.read(self.shards[index], int(first) * self.seq_len, self.seq_len + 1)
 
-    def batch(self, seed, step, size):
-        """Training batch number `step` of `size` sequences: (size, seq_len + 1) int64.
+    def batch(self, seed, step, size, rank=0, world=1):
+        """The rows of training batch number `step`, of `size` sequences, that are the share of one rank of `world`:
+        (size / world, seq_len + 1) int64.
 
         A run visits positions step·size + row; a position is in epoch position // n_sequences, and each epoch visits
         every sequence once, in its own order. Nothing else matters: not ranks, micro-batches or earlier calls.
         """
-        epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), self.n_sequences)
+        first, end = step * size + rank * size // world, step * size + (rank + 1) * size // world
+        epochs, places = np.divmod(np.arange(first, end), self.n_sequences)
         numbers = np.empty_like(places)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
@@ -233,9 +235,8 @@ def prefetched(function, items, workers=1):
 def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
     """Yield (inputs, targets), each (size, seq_len) int64, that predict each of the first max_tokens tokens once.
 
-    Each rank of `world` yields its share of the batches; it reads the others too, so that a token outside the
-    vocabulary stops all ranks. The last sequence of a shard and the last batch are filled up with `ignore` as target,
-    so that the split is covered to its last token by batches of one shape.
+    Each rank of `world` yields its share of the batches. The last sequence of a shard and the last batch are filled up
+    with `ignore` as target, so that the split is covered to its last token by batches of one shape.
     """
     spans = []
     for shard in corpus.shards:
@@ -243,15 +244,14 @@ def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
         for start in range(0, predictable, corpus.seq_len):
             spans.append((shard, start, min(corpus.seq_len, predictable - start)))
         max_tokens -= predictable
-    for number, first in enumerate(range(0, len(spans), size)):
+    for first in range(rank * size, len(spans), world * size):
         inputs = np.zeros((size, corpus.seq_len), np.int64)
         targets = np.full((size, corpus.seq_len), ignore, np.int64)
         for row, (shard, start, length) in enumerate(spans[first : first + size]):
             tokens = corpus.read(shard, start, length + 1)
             inputs[row, :length] = tokens[:-1]
             targets[row, :length] = tokens[1:]
-        if number % world == rank:
-            yield inputs, targets
+        yield inputs, targets
 
 
 def open_data(config, began, say):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from command import UserError
 
@@ -53,7 +54,7 @@ def pick_dtype(name, device, tell=lambda text: None):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        dtype, reason = agreed(faster_dtype())
+        dtype, reason = gathered(faster_dtype())[0]  # those of the first process
     elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype, reason = torch.bfloat16, "this GPU computes in it natively"
     else:
@@ -107,6 +108,18 @@ def device_name(device):
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def attention_backend(config, device, dtype):
+    """Which of PyTorch's kernels computes attention of this shape here: "flash", "efficient", "cudnn" or "math"."""
+    rows, length, width = config.micro_batch_size, config.seq_len, config.head_dim
+    q = torch.empty(rows, config.n_heads, length, width, device=device, dtype=dtype, requires_grad=True)
+    k = torch.empty(rows, config.n_kv_heads, length, width, device=device, dtype=dtype, requires_grad=True)
+    try:
+        choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=config.n_heads != config.n_kv_heads)
+    except (AttributeError, NotImplementedError):  # it is private to torch, and not there for every device
+        return "unknown"
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+
+
 def be_deterministic(device, wanted=False):
     """Give the same losses, bit for bit, every time: always on a CPU, where it costs nothing (compiled code does not do
     so by itself), elsewhere if wanted."""
@@ -154,32 +167,28 @@ def join_processes(device, run):
         timeout=timedelta(minutes=30),  # the others wait this long while the first process writes a checkpoint
         device_id=device if device.type == "cuda" else None,
     )
-    runs = [None] * WORLD
-    dist.all_gather_object(runs, run)
-    if runs != runs[:1] * WORLD:
+    if any(other != run for other in gathered(run)):
         raise UserError(f"the processes see different runs in {run[0]}: it must be on a disk that all nodes share")
 
 
-def agreed(value):
-    """The first process's value, on every process."""
-    values = [value]
+def gathered(value):
+    """The values of all processes, as a list in the order of their ranks."""
+    values = [value] * WORLD
     if WORLD > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+        dist.all_gather_object(values, value)
+    return values
 
 
-def share_of(batch):
-    """This process's rows of a batch."""
-    return batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
-
-
-def summed(values, device):
-    """A list of numbers, each summed over all processes."""
-    total = torch.tensor(values, dtype=torch.float64)
+def summed(values, device, error=None):
+    """A list of numbers, each summed over all processes. If one of them has an error, all of them raise it."""
+    total = torch.tensor([*values, error is not None], dtype=torch.float64)
     if WORLD > 1:
         total = total.to(device)
         dist.all_reduce(total)
-    return total.tolist()
+    *total, failed = total.tolist()
+    if failed:
+        raise UserError(next(message for message in gathered(error and str(error)) if message))
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------

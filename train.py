@@ -26,6 +26,7 @@ import traceback
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,9 +66,14 @@ def train(from_file, options):
     peak = machine.peak_flops(device, dtype)
 
     def load_batch(step):
-        # Every process reads the whole batch and takes its share, so that a bad token stops all of them alike
-        rows = machine.share_of(corpus.batch(config.seed, step, config.tokens_per_step // config.seq_len))
-        return torch.from_numpy(rows).pin_memory() if device.type == "cuda" else torch.from_numpy(rows)
+        # (this process's share of the batch, None), or zeros and the error: it must stop all processes, not one alone
+        rows = config.tokens_per_step // config.seq_len
+        try:
+            batch, error = corpus.batch(config.seed, step, rows, RANK, WORLD), None
+        except (UserError, OSError) as caught:
+            batch, error = np.zeros((rows // WORLD, config.seq_len + 1), np.int64), caught
+        batch = torch.from_numpy(batch)
+        return batch.pin_memory() if device.type == "cuda" else batch, error
 
     def save():
         tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -94,9 +100,9 @@ def train(from_file, options):
 
         # 2. gradient
         began = time.perf_counter()
-        batch = next(batches).to(device, non_blocking=True)
-        loss, grad_norm = compute_gradient(trained, batch, config)
-        loss, stop = agree(loss, device)
+        batch, error = next(batches)
+        loss, grad_norm = compute_gradient(trained, batch.to(device, non_blocking=True), config)
+        loss, stop = agree(loss, error, device)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
 
         # 3. save
@@ -178,7 +184,7 @@ def build(config, state, device, dtype):
     say(
         f"{config.activation}: {model.num_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
         f"{config.tokens_per_step:,} tokens per step, {WORLD} process(es) on {machine.device_name(device)} "
-        f"in {str(dtype)[6:]}"
+        f"in {str(dtype)[6:]}, {machine.attention_backend(config, device, dtype)} attention"
     )
     if device.type == "cpu" and model.num_parameters() > 2e8:
         say("note: no GPU is used, and a model of this size needs several")
@@ -199,6 +205,10 @@ def build(config, state, device, dtype):
     if WORLD == 1:
         return model, model, optimizer
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not in torch 2.11
+    for weight in model.parameters():
+        # DDP makes its buckets of the gradients it finds. If it found none, the first step would hold each one twice.
+        # An expanded zero takes no memory.
+        weight.grad = torch.zeros((), device=device).expand_as(weight)
     trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model, trained, optimizer
 
@@ -227,13 +237,18 @@ def make_optimizer(model, config):
 def evaluate(model, corpus, config, device):
     """Mean loss in nats per token over the first eval_tokens validation tokens, of which each process computes a share;
     None if a signal to stop arrived in the meantime."""
-    loss, tokens = 0.0, 0
-    for inputs, targets in validation_batches(corpus, config.eval_tokens, config.micro_batch_size, IGNORE, RANK, WORLD):
-        if machine.stop_signal:
-            break
-        loss += model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), reduction="sum").item()
-        tokens += int((targets != IGNORE).sum())
-    loss, tokens, stop = machine.summed([loss, tokens, bool(machine.stop_signal)], device)
+    loss, tokens, error = 0.0, 0, None
+    batches = validation_batches(corpus, config.eval_tokens, config.micro_batch_size, IGNORE, RANK, WORLD)
+    try:
+        for inputs, targets in batches:
+            if machine.stop_signal:
+                break
+            inputs, targets = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
+            loss += model(inputs, targets, reduction="sum").item()
+            tokens += (targets != IGNORE).sum().item()
+    except (UserError, OSError) as caught:  # summed raises it on all processes
+        error = caught
+    loss, tokens, stop = machine.summed([loss, tokens, bool(machine.stop_signal)], device, error)
     return None if stop else loss / tokens
 
 
@@ -253,9 +268,10 @@ def compute_gradient(model, batch, config):
     return mean_loss.item(), norm.item()
 
 
-def agree(loss, device):
-    """(mean loss over all processes, signal that told one of them to stop or 0): the same on every process."""
-    loss, stop = machine.summed([loss / WORLD, bool(machine.stop_signal)], device)
+def agree(loss, error, device):
+    """(mean loss over all processes, signal that told one of them to stop or 0): the same on every process. An error of
+    one of them in reading its share of the batch, or None, is raised on all."""
+    loss, stop = machine.summed([loss / WORLD, bool(machine.stop_signal)], device, error)
     return loss, (machine.stop_signal or signal.SIGTERM) if stop else 0
 
 

@@ -150,7 +150,10 @@ def test_the_batch_does_not_depend_on_how_it_is_asked_for(folder):
     stream = np.concatenate([corpus.batch(7, step, 1) for step in range(40)])
     for size in (2, 5, 8, 40):  # an epoch has 19
         for step in reversed(range(40 // size)):
-            assert np.array_equal(corpus.batch(7, step, size), stream[step * size : (step + 1) * size])
+            expected = stream[step * size : (step + 1) * size]
+            assert np.array_equal(corpus.batch(7, step, size), expected)
+            shares = [corpus.batch(7, step, size, rank, size) for rank in range(size)]
+            assert np.array_equal(np.concatenate(shares), expected)
     assert np.array_equal(Corpus(folder, "train", 8, 1000).batch(7, 3, 6), corpus.batch(7, 3, 6))
     assert not np.array_equal(corpus.batch(8, 3, 6), corpus.batch(7, 3, 6))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import machine
 import train
 from command import UserError
@@ -322,6 +323,29 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+def test_ddp_never_holds_gradients_twice(monkeypatch):
+    """From the first backward pass on, also where it is not yet exchanged, they lie in DDP's buckets."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(train, "WORLD", 2)
+    config = Config(dim=48, n_heads=6, compile=False)
+    try:
+        model, trained, _ = train.build(config, {}, torch.device("cpu"), torch.float32)
+        storages = {
+            weight.grad.untyped_storage().data_ptr(): weight.grad.untyped_storage() for weight in model.parameters()
+        }
+        assert sum(storage.nbytes() for storage in storages.values()) == 4 * model.num_parameters()
+        tokens = torch.randint(257, (1, 33))
+        for trained.require_backward_grad_sync in (False, True):
+            trained(tokens[:, :-1], tokens[:, 1:]).backward()
+            assert {weight.grad.untyped_storage().data_ptr() for weight in model.parameters()} == set(storages)
+        whole = [weight.grad.clone() for weight in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        (2 * model(tokens[:, :-1], tokens[:, 1:])).backward()
+        torch.testing.assert_close(whole, [weight.grad for weight in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_micro_batches_do_not_change_the_losses(config, tmp_path):
     for size in (1, 8):
         here(config, f"--out={tmp_path}/{size}", f"--micro_batch_size={size}")
@@ -350,14 +374,38 @@ def test_data_without_meta(config, out, without_meta):
     assert values == [None] * 3
 
 
-def test_under_torchrun_the_first_process_speaks(config, tmp_path, without_meta, capsys):
+@pytest.fixture
+def beyond(config, tmp_path):
+    """{split: folder whose one bad token in this split is read by the second of two processes alone}."""
+    folders = {"train": tmp_path / "bad_train", "val": tmp_path / "bad_val"}
+    for bad, folder in folders.items():
+        folder.mkdir()
+        for split, last in {"train": 255, "val": 33 * 4 + 1}.items():
+            tokens = np.random.default_rng(0).integers(256, size=32 * last + 1).astype("<u2")
+            path = folder / f"x_{split}_000000.bin"
+            path.write_bytes(data.shard_header(tokens.dtype, len(tokens)) + tokens.tobytes())
+            if split == bad:
+                rows = data.Corpus(folder, split, 32, 256)
+                row = rows.batch(42, 3, 8, rank=1, world=2)[2] if split == "train" else rows.sequence(5)
+                place = next(n for n in range(len(tokens)) if np.array_equal(tokens[n : n + 33], row))
+                tokens[place + 16] = 300
+                path.write_bytes(data.shard_header(tokens.dtype, len(tokens)) + tokens.tobytes())
+    return folders
+
+
+def test_under_torchrun_the_first_process_speaks(config, tmp_path, beyond, capsys):
     """About a mistake, and about a token beyond the vocabulary, which goes unnoticed until a batch holds it."""
-    beyond = [config, f"--data={without_meta}", "--vocab_size=256"]
-    message = error(capsys, *beyond, f"--out={tmp_path}/one", "--tokens_per_step=4096")
-    assert "holds token 256, beyond vocab_size=256" in message
+    for split, folder in beyond.items():
+        message = error(capsys, config, f"--data={folder}", f"--out={tmp_path}/one_{split}")
+        assert f"x_{split}_000000.bin holds token 300, beyond vocab_size=257" in message
+        expected = 3 if split == "train" else 0
+        assert len([record for record in log(tmp_path / f"one_{split}") if record["kind"] == "train"]) == expected
     processes = {
         "nearest tokens_per_step is 256": launch(config, "--tokens_per_step=100", processes=2),
-        "holds token 256": launch(*beyond, "--max_steps=900", processes=2),
+        "x_train_000000.bin holds token 300": launch(config, f"--data={beyond['train']}", processes=2),
+        "x_val_000000.bin holds token 300": launch(
+            config, f"--data={beyond['val']}", f"--out={tmp_path}/val", processes=2
+        ),
     }
     for message, process in processes.items():
         output = "".join(process.communicate(timeout=300))
