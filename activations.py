@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from command import UserError
@@ -120,6 +121,13 @@ class ReLUSquared(nn.Module):
         return torch.relu(x).square()
 
 
+class LeakyReLUSquared(nn.Module):
+    """leaky_relu(x, ½)²: x² for x > 0, x²/4 for x ≤ 0, as speedruns use it in 2026. Its gradient is a PReLU's."""
+
+    def forward(self, x):
+        return F.leaky_relu(x, 0.5).square()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The table
 
@@ -143,6 +151,7 @@ ACTIVATIONS = {
     "gelu": Activation("x·Φ(x)", nn.GELU),
     "silu": Activation("x·σ(x)", nn.SiLU),
     "relu2": Activation("max(x, 0)²", ReLUSquared),
+    "leaky_relu2": Activation("max(x, x/2)²", LeakyReLUSquared),
     # integrated gradients
     "xielu": Activation(XIELU_FORMULA, XIELU),
     "xielu_reference": Activation(XIELU_FORMULA, partial(XIELU, function=xielu_reference)),

@@ -83,10 +83,14 @@ class Config(ModelConfig):
     micro_batch_size: int = key(16, "sequences that a process computes at once; the rest is accumulated", low=1)
     # schedule and optimizer
     max_steps: int = key(1000, "number of updates", low=1)
+    optimizer: str = key(
+        "adamw", "muon takes the matrices of the layers, and leaves the rest to adamw", choices=("adamw", "muon")
+    )
     lr: float = key(1e-3, "peak learning rate", low=0)
+    alpha_lr: float = key(1.0, "learning rate of the activation scalars, in multiples of lr", low=0)
     warmup_steps: int = key(100, "updates of linear warm-up", low=0)
     decay_steps: int = key(200, "last updates, in which the learning rate falls to 0 as 1 - sqrt", low=0)
-    weight_decay: float = key(0.1, "of AdamW, on everything but the activation scalars", low=0)
+    weight_decay: float = key(0.1, "on everything but the activation scalars", low=0)
     beta1: float = key(0.9, "of AdamW", low=0, below=1)
     beta2: float = key(0.95, "of AdamW", low=0, below=1)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0 for no clipping", low=0)
@@ -149,8 +153,8 @@ def check_limits(name, value, help="", low=-math.inf, below=math.inf, most=math.
 
 DEFAULTS = {item.name: item.default for item in fields(Config)}
 TYPES = {item.name: item.type for item in fields(Config)}
-# Resuming with another model or another sequence of batches would be another run. (data.py compares the data itself.)
-FIXED = [item.name for item in fields(ModelConfig)] + ["seed", "tokens_per_step"]
+# Resuming with another model, optimizer or sequence of batches would be another run. (data.py compares the data.)
+FIXED = [item.name for item in fields(ModelConfig)] + ["seed", "tokens_per_step", "optimizer"]
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading

@@ -19,7 +19,7 @@ from identity import check_activation, describe
 from machine import LOCAL_RANK, RANK, RESTARTS, WORLD, device_name, git_commit, say
 
 # To be increased when older checkpoints no longer load
-VERSION = 2
+VERSION = 3
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading

@@ -61,7 +61,7 @@ def train(from_file, options):
     machine.join_processes(device, (config.out, config.dtype, start, sorted(validated)))
     dtype = machine.pick_dtype(config.dtype, device, say)
     config = replace(config, dtype=str(dtype)[6:])  # config.json remembers what auto took, for later starts of the run
-    model, trained, optimizer = build(config, state, device, dtype)
+    model, trained, optimizers = build(config, state, device, dtype)
     folder = Folder(config, state, records, lock, device)
     peak = machine.peak_flops(device, dtype)
 
@@ -76,7 +76,7 @@ def train(from_file, options):
         return batch.pin_memory() if device.type == "cuda" else batch, error
 
     def save():
-        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        tensors = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         folder.save(state | tensors | {"from_file": from_file})
 
     batches = prefetched(load_batch, range(start, end))
@@ -116,8 +116,8 @@ def train(from_file, options):
         # 4. update
         lr = learning_rate(config, step)
         if finite:
-            update(optimizer, lr)
-        optimizer.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets: None would break them
+            update(optimizers, lr)
+        model.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets: None would break them
         recent.append(time.perf_counter() - began - (after_save - before_save))
         state["seconds"] += recent[-1]
 
@@ -177,7 +177,7 @@ def stopped(folder, step, number):
 
 
 def build(config, state, device, dtype):
-    """(model, the same model as training calls it: compiled, and in DDP if there are several processes, optimizer),
+    """(model, the same model as training calls it: compiled, and in DDP if there are several processes, optimizers),
     loaded from a checkpoint's state or initialised from the seed. Says what was built."""
     with torch.device(device):
         model = Llama(config, dtype, None if "model" in state else config.seed)
@@ -188,11 +188,12 @@ def build(config, state, device, dtype):
     )
     if device.type == "cpu" and model.num_parameters() > 2e8:
         say("note: no GPU is used, and a model of this size needs several")
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     if "model" in state:
         model.load_state_dict(state.pop("model"))
-        groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
-        optimizer.load_state_dict({"state": state.pop("optimizer")["state"], "param_groups": groups})
+        for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+            groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         say(f"resuming {config.out} at step {state['step']}")
     xielu.COMPILE = config.compile
     if config.compile and xielu.can_compile(device.type):
@@ -203,14 +204,14 @@ def build(config, state, device, dtype):
     elif config.memory_budget < 1:
         raise UserError(f"memory_budget={config.memory_budget} needs a compiled model, and nothing is compiled here")
     if WORLD == 1:
-        return model, model, optimizer
+        return model, model, optimizers
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # its successor is not in torch 2.11
     for weight in model.parameters():
         # DDP makes its buckets of the gradients it finds. If it found none, the first step would hold each one twice.
         # An expanded zero takes no memory.
         weight.grad = torch.zeros((), device=device).expand_as(weight)
     trained = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return model, trained, optimizer
+    return model, trained, optimizers
 
 
 def set_memory_budget(budget):
@@ -221,12 +222,23 @@ def set_memory_budget(budget):
         raise UserError("this version of torch has no activation_memory_budget: leave memory_budget at 1.0")
 
 
-def make_optimizer(model, config):
-    """AdamW in one fused kernel, with weight decay on everything but the activation scalars, as in the paper."""
+def make_optimizers(model, config):
+    """[AdamW in one fused kernel], with weight decay on everything but the activation scalars, as in the paper; or
+    [that, Muon], which takes the matrices of the layers and gives their updates the size of AdamW's, so that learning
+    rate and weight decay keep their meaning."""
     scalars = model.activation_scalars()
-    others = [weight for weight in model.parameters() if not any(weight is scalar for scalar in scalars)]
-    groups = [{"params": others, "weight_decay": config.weight_decay}, {"params": scalars, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)
+    matrices = [w for w in model.layers.parameters() if w.ndim == 2] if config.optimizer == "muon" else []
+    apart = {id(weight) for weight in scalars + matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in apart]
+    groups = [
+        {"params": others, "weight_decay": config.weight_decay, "lr_factor": 1.0},
+        {"params": scalars, "weight_decay": 0.0, "lr_factor": config.alpha_lr},
+    ]
+    optimizers = [torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)]
+    if matrices:
+        group = {"params": matrices, "weight_decay": config.weight_decay, "lr_factor": 1.0}
+        optimizers.append(torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,11 +295,12 @@ def learning_rate(config, update):
     return config.lr * warmup * (1 - math.sqrt(decayed / max(1, config.decay_steps)))
 
 
-def update(optimizer, lr):
-    """One step of the optimizer with the gradient that is in the model."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+def update(optimizers, lr):
+    """One step of each optimizer with the gradient that is in the model."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------

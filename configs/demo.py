@@ -11,6 +11,7 @@ n_layers = 4
 n_heads = 2
 n_kv_heads = 2
 ffn_dim = 576  # a multiple of 3, so that a gated activation fits too
+init_std = 0.025 * (1536 / dim) ** 0.5  # pre-activations start at the size that they have in the 1.1B model
 seq_len = 256
 
 tokens_per_step = 2048

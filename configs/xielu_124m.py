@@ -12,6 +12,7 @@ n_layers = 12
 n_heads = 12
 n_kv_heads = 12
 ffn_dim = 3072
+init_std = 0.025 * (1536 / dim) ** 0.5  # pre-activations start at the size that they have in the 1.1B model
 seq_len = 1024
 
 tokens_per_step = 524_288  # 512 sequences: 16 × 32 on one GPU, 16 × 4 × 8 on eight

@@ -19,7 +19,7 @@ def call(module, name, x=X, y=Y):
 
 
 def test_the_table_has_every_name():
-    ungated = "relu gelu silu relu2 xielu xiprelu xiep atlu xsilu xgelu xatlu".split()
+    ungated = "relu gelu silu relu2 leaky_relu2 xielu xiprelu xiep atlu xsilu xgelu xatlu".split()
     gated = "swiglu geglu atglu glu gglu aglu".split()
     gated += ["x" + name for name in gated]
     assert set(ACTIVATIONS) >= {*ungated, *gated}  # a reader may have added one
@@ -30,6 +30,7 @@ def test_the_table_has_every_name():
 def test_plain_ones():
     torch.testing.assert_close(ACTIVATIONS["relu"].module()(X), X.clamp(min=0))
     torch.testing.assert_close(ACTIVATIONS["relu2"].module()(X), X.clamp(min=0) ** 2)
+    torch.testing.assert_close(ACTIVATIONS["leaky_relu2"].module()(X), torch.where(X > 0, X**2, X**2 / 4))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, -0.1])

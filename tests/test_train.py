@@ -18,7 +18,7 @@ from config import DEFAULTS, Config, read_command, resumed
 from machine import peak_flops, pick_dtype
 from model import Llama, ModelConfig
 from runs import ROOT, assert_same_losses, error, here, launch, log, run
-from train import learning_rate, make_optimizer
+from train import learning_rate, make_optimizers
 
 # ------------------------------------------------------------------------------------------------ config
 
@@ -155,11 +155,40 @@ def test_learning_rate():
 
 def test_everything_decays_but_the_activation_scalars():
     model = Llama(ModelConfig(dim=32, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=48))
-    decayed, scalars = make_optimizer(model, Config(weight_decay=0.1)).param_groups
+    (adamw,) = make_optimizers(model, Config(weight_decay=0.1))
+    decayed, scalars = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and scalars["weight_decay"] == 0.0
     assert len(scalars["params"]) == 6 and all(scalar.shape == (1,) for scalar in scalars["params"])
     assert len(decayed["params"]) + 6 == len(list(model.parameters()))
     assert (decayed["betas"], decayed["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+def test_muon_takes_the_matrices_of_the_layers():
+    """Its updates are 0.2 in root mean square for every shape, as AdamW's are about."""
+    model = Llama(ModelConfig(dim=32, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=48))
+    config = Config(optimizer="muon", weight_decay=0.0, alpha_lr=0.5)
+    adamw, muon = make_optimizers(model, config)
+    assert [len(group["params"]) for group in adamw.param_groups] == [1 + 2 * 3 + 1, 6]
+    assert len(muon.param_groups[0]["params"]) == 6 * 3
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    tokens = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(1))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    train.update([adamw, muon], 1e-3)
+    for name, weight in model.named_parameters():
+        change = (weight.detach() - before[name]).square().mean().sqrt().item() / 1e-3
+        expected = {True: 0.2, False: 1.0}[name.startswith("layers") and weight.ndim == 2]
+        expected *= 0.5 if "alpha" in name else 1
+        assert change == pytest.approx(expected, rel=0.3), name
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 10.0])
+def test_alpha_lr(config, out, factor):
+    """AdamW's first update is the learning rate, for each scalar."""
+    here(config, "--activation=xiprelu", "--warmup_steps=0", "--decay_steps=0", "--max_steps=1", f"--alpha_lr={factor}")
+    state = torch.load(out / "ckpt.pt")["model"]
+    raw = [value.item() for name, value in state.items() if "raw_alpha" in name]
+    start = math.log(math.expm1(0.8))
+    assert [abs(value - start) for value in raw] == pytest.approx([1e-3 * factor] * 4, rel=1e-3, abs=1e-7)
 
 
 def test_auto_dtype(monkeypatch):
@@ -313,8 +342,19 @@ def test_resume_may_change_schedule_logging_and_micro_batches(config, out):
     assert [record["lr"] for record in log(out) if record["step"] == 14] == [expected]
 
 
-def test_two_processes_give_the_losses_of_one(config, tmp_path):
-    options = ["--micro_batch_size=2", "--activation=xielu"]
+def test_muon_resumes_bit_for_bit(config, tmp_path):
+    options = [config, "--optimizer=muon", "--activation=xielu"]
+    here(*options, f"--out={tmp_path}/whole")
+    here(*options, f"--out={tmp_path}/half", "--checkpoint_every=5", "--max_steps=5", "--decay_steps=0")
+    here(*options, f"--out={tmp_path}/half", "--resume", "--max_steps=12", "--decay_steps=4")
+    whole, half = (log(tmp_path / name) for name in ("whole", "half"))
+    assert [record for record in half if record["kind"] == "train"] == [r for r in whole if r["kind"] == "train"]
+    assert whole[-1] == half[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_give_the_losses_of_one(config, tmp_path, optimizer):
+    options = ["--micro_batch_size=2", "--activation=xielu", f"--optimizer={optimizer}"]
     here(config, f"--out={tmp_path}/one", *options)
     output = run(config, f"--out={tmp_path}/two", *options, "--compile", processes=2)
     assert output.count("compiling: ") == output.count("step 12/12  loss") == 1

@@ -257,7 +257,7 @@ def import_folder(folder, out, options):
         "seconds": 0.0,
         "loss_average": None,
         "model": from_hf(read_tensors(folder), config),
-        "optimizer": {"state": {}},
+        "optimizers": [],
         "config": vars(config),
         "from_file": vars(config),
         "data": {"tokenizer": tokenizer} if tokenizer else {},
