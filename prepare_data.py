@@ -1,8 +1,10 @@
 """Text → token shards:  python prepare_data.py SOURCE --out=data/NAME --tokenizer=bytes
 
     SOURCE                 stdlib (the .py files of your own Python, no download), fineweb-edu (streamed from Hugging
-                           Face), or a file, folder or glob of .txt (one document each), .jsonl or .parquet (one
-                           document per row, in the column "text"); .gz or .zst may follow
+                           Face), or a file, folder or glob of .txt or .dict (one document each), .jsonl or .parquet
+                           (one document per row, in the column "text"); .gz, .zst or .dz may follow
+    --documents=KIND       lines or paragraphs of each .txt or .dict are documents, shuffled by a hash; blank lines end
+                           a paragraph, unless an indented line follows
     --out=FOLDER           where to write; default: data/NAME, named after the source
     --tokenizer=NAME       bytes, gpt2, tekken or a name that tiktoken knows; default: bytes for stdlib, else gpt2
     --tokens=N             stop after N tokens, validation included; default: all
@@ -31,7 +33,7 @@ import numpy as np
 from command import Parser, UserError, run_command, whole_number
 from data import HEADER_BYTES, open_shard, prefetched, read_meta, shard_header, token_dtype
 from files import lock_folder, write_atomically
-from sources import PIECE, Skipped, open_source
+from sources import PIECE, SEPARATORS, Skipped, open_source
 from tokenizer import get_tokenizer
 
 MOST_VAL_TOKENS = 1_000_000  # unless --val_tokens says otherwise
@@ -233,6 +235,7 @@ def parse(argv):
     """The command line as a namespace. UserError if it is wrong."""
     parser = Parser("prepare_data.py")
     parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("--documents", choices=list(SEPARATORS))
     parser.add_argument("--out")
     parser.add_argument("--tokenizer")
     parser.add_argument("--tokens", type=whole_number)
@@ -289,7 +292,7 @@ def fill(args, source, encoding, state):
 def prepare(args):
     """Write the shards and the meta.json that the command line asks for."""
     out, skipped = args.out, Skipped()
-    source = open_source(args.source, args.subset, skipped)
+    source = open_source(args.source, args.subset, args.documents, skipped)
     encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source.name

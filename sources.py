@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import sysconfig
 import time
@@ -94,18 +95,30 @@ def read_parquet(file, path, skipped):
                 skipped.note("skipped parquet rows without a text", path)
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".dict": read_txt}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".dz": "gzip"}
+# What separates the documents in a text, by the value of --documents. A paragraph ends at blank lines, unless an
+# indented line follows: otherwise an entry of a dictionary would be cut into its parts. A match can begin only where
+# white space begins: otherwise the time would grow with the square of the number of blank lines in a row.
+SEPARATORS = {"lines": r"\n", "paragraphs": r"(?<!\s)(?:[^\S\n]*\n){2,}(?=\S)"}
+
+
+def parts(text, separator):
+    """The documents in a text, without blank ones. Their order is that of a hash of their numbers and texts, so that
+    the first million tokens are a fair validation split."""
+    found = enumerate(part.strip("\r\n") for part in re.split(separator, text) if part.strip())
+    return [part for _, part in sorted(found, key=lambda pair: hashlib.sha256("{} {}".format(*pair).encode()).digest())]
 
 
 def kind(path):
-    """.txt, .jsonl or .parquet, whatever compression follows; None for any other file."""
+    """The suffix that READERS knows, whatever compression follows; None for any other file."""
     suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
 
-def read_files(paths, skipped):
-    """Yield the documents of these files. If a file cannot be read to its end, the rest of it is skipped."""
+def read_files(paths, separator, skipped):
+    """Yield the documents of these files; with a separator, the parts of each. If a file cannot be read to its end, the
+    rest of it is skipped."""
     import pyarrow
 
     for path in paths:
@@ -113,7 +126,8 @@ def read_files(paths, skipped):
             with open(path, "rb") as file:
                 if compression := COMPRESSIONS.get(Path(path).suffix):
                     file = io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
-                yield from READERS[kind(path)](file, path, skipped)
+                for text in READERS[kind(path)](file, path, skipped):
+                    yield from parts(text, separator) if separator else [text]
         except (OSError, EOFError, ValueError) as error:
             skipped.note(f"skipped unreadable files ({type(error).__name__})", path)
 
@@ -206,20 +220,27 @@ class Source:
     size: int | None = None
 
 
-def open_source(name, subset, skipped):
-    """The Source that a command line names; what cannot be used is noted in `skipped`. UserError if there is none."""
+def open_source(name, subset, documents, skipped):
+    """The Source that a command line names. Its texts are cut into `documents`, a key of SEPARATORS, or left whole for
+    None. What cannot be used is noted in `skipped`. UserError if there is no such source, or nothing in it to cut."""
+    refusal = UserError(f"--documents cuts only .txt and .dict files, and {name} has others: leave it out")
     if name == "fineweb-edu":
+        if documents:
+            raise refusal
         return Source(f"{FINEWEB_EDU} {subset}", partial(read_fineweb_edu, subset))
     if name == "stdlib":
         files = stdlib_files()
-        documents = (path.read_text("utf-8", "replace") for path in files)
+        texts = (path.read_text("utf-8", "replace") for path in files)
         name = f"stdlib of Python {platform.python_version()}"
     else:
         files = find_files(name, skipped)
-        documents = read_files(files, skipped)
+        texts = read_files(files, SEPARATORS.get(documents), skipped)
+        name += f" cut into {documents}" if documents else ""
+    if documents and any(READERS.get(kind(path)) is not read_txt for path in files):
+        raise refusal
 
     def read(position):  # which is the number of batches before it
-        return islice(enumerate(batches(documents)), position or 0, None)
+        return islice(enumerate(batches(texts)), position or 0, None)
 
     facts = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import sources
 from command import UserError
 from config import TYPES, Config, read_command
 from data import Corpus, find_shards, read_meta, shard_header
@@ -106,6 +107,21 @@ def test_meta(tmp_path, meta):
         (tmp_path / "meta.json").write_text(content)
         with pytest.raises(UserError):
             read_meta(tmp_path)
+
+
+@fuzz
+@given(st.lists(st.sampled_from(["a", "b c", " ", "\n", "\n\n", "\r\n", "\t", "\x0c", "ü"]), max_size=40).map("".join))
+def test_documents_of_a_text(text):
+    """Those that a look at each line finds, but for the white space around them."""
+    paragraphs, blank = [""], False
+    for line in text.split("\n"):
+        if blank and not line[:1].isspace() and line:
+            paragraphs.append("")
+        blank = not line.strip()
+        paragraphs[-1] += line + "\n"
+    for kind, documents in (("lines", text.split("\n")), ("paragraphs", paragraphs)):
+        found = [part.strip() for part in sources.parts(text, sources.SEPARATORS[kind])]
+        assert sorted(found) == sorted(part.strip() for part in documents if part.strip())
 
 
 PLAIN = {"step": 3, "seconds": 1.5, "loss_average": 2.5, "config": {"dim": 3}, "from_file": {}, "data": {}}

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -89,6 +90,17 @@ def stream_of(documents):
     return [token for text in documents for token in (256, *text.encode())]
 
 
+def write_lines(path, documents=DOCUMENTS):
+    path.write_text("".join(text.replace("\r\n", " ") + "\n" for text in documents))
+    return path
+
+
+def dictzip(content):
+    """As the program dictzip writes it: gzip, with a table of its chunks in an extra field."""
+    plain, table = gzip.compress(content), struct.pack("<2s5H", b"RA", 8, 1, 58315, 1, len(content))
+    return plain[:3] + b"\x04" + plain[4:10] + struct.pack("<H", len(table)) + table + plain[10:]
+
+
 @pytest.fixture
 def jsonl(tmp_path):
     return write_jsonl(tmp_path / "corpus.jsonl")
@@ -126,8 +138,9 @@ def test_every_kind_of_file(tmp_path, capsys):
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "third"}\n'))
     (folder / "d.jsonl.zst").write_bytes(pa.compress(b'{"text": "fourth"}\n', "zstd", asbytes=True))
     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["fifth", None, "sixth"]}), folder / "e.parquet")
+    (folder / "f.dict.dz").write_bytes(dictzip(b"seventh"))
     (folder / "notes.md").write_text("left out")
-    expected = ["first\r\ntext ü", "third", "fourth", "second text" * 100, "fifth", "sixth"]
+    expected = ["first\r\ntext ü", "third", "fourth", "second text" * 100, "fifth", "sixth", "seventh"]
     assert sum(prepared(folder, out, "--val_tokens=20"), []) == stream_of(expected)
     assert f"skipped parquet rows without a text: 1 ({folder}/e.parquet)\n" in capsys.readouterr().err
     only_txt = prepared(f"{folder}/**/*.txt*", tmp_path / "out2", "--val_tokens=20")
@@ -157,6 +170,46 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
     assert f"skipped unreadable files (ArrowInvalid): 1 ({folder}/c.parquet)\n" in stderr
     assert f"skipped unreadable files (OSError): 2 ({folder}/d.txt.gz, {folder}/h.txt)\n" in stderr
     assert f"U+FFFD replaces bytes that are not UTF-8 in texts: 1 ({folder}/b.txt)\n" in stderr
+
+
+TEXT = "\ufeff\n\none \r\n two\u2028\n \n\t\r\n three\r\n  \r\n\n\nfour\n\n\n\nfour\nfive\n\nsix ü\n\n"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    "documents, expected",
+    [
+        ("lines", ["one ", "six ü", "five", " three", "four", " two\u2028", "four"]),
+        ("paragraphs", ["six ü", "one \r\n two\u2028\n \n\t\r\n three", "four\nfive", "four"]),
+    ],
+)
+def test_a_text_is_cut_into_documents(tmp_path, monkeypatch, documents, expected, workers):
+    """In this order on every machine. An indented paragraph belongs to the one before it."""
+    monkeypatch.setattr(sources, "PIECE", 5)
+    (tmp_path / "a.dict.dz").write_bytes(dictzip(TEXT.encode()))
+    options = [f"--documents={documents}", f"--workers={workers}", "--val_tokens=10"]
+    for out in (tmp_path / "first", tmp_path / "second"):
+        assert sum(prepared(tmp_path / "a.dict.dz", out, *options), []) == stream_of(expected)
+        assert read_meta(out)["source"] == f"{tmp_path}/a.dict.dz cut into {documents}"
+
+
+def test_documents_are_shuffled_within_their_file(tmp_path):
+    """So that the validation split is not one end of it."""
+    (tmp_path / "texts").mkdir()
+    for name, first in (("a.txt", 1000), ("b.txt", 2000)):
+        write_lines(tmp_path / "texts" / name, [str(first + k) for k in range(1000)])
+    val, train = prepared(tmp_path / "texts", tmp_path / "out", "--documents=lines", "--val_tokens=1000")
+    numbers = np.array([int(bytes(part)) for part in np.reshape(val + train, (2000, 5))[:, 1:].astype(np.uint8)])
+    assert set(numbers[:1000]) == set(range(1000, 2000)) and set(numbers[1000:]) == set(range(2000, 3000))
+    assert np.histogram(numbers[:200], 4, (1000, 2000))[0].min() > 30  # the validation tokens are from every quarter
+    assert abs(np.corrcoef(numbers[:1000], range(1000))[0, 1]) < 0.1
+
+
+def test_blank_lines_take_little_time():
+    """A million of them, where a time that grows with their square would be days."""
+    for text in ("\n" * 10**6, " \n" * 10**6, "\r\n" * 10**6):
+        assert sources.parts(f"a{text} b", sources.SEPARATORS["paragraphs"]) == [f"a{text} b"]
+        assert sorted(sources.parts(f"a{text}b", sources.SEPARATORS["paragraphs"])) == ["a", "b"]
 
 
 @pytest.mark.slow
@@ -328,13 +381,25 @@ def test_an_input_that_has_changed_is_read_from_its_beginning(jsonl, tmp_path, m
     assert "files that have changed: starting over" in capsys.readouterr().out
 
 
-def test_stopped_at_any_call_to_the_disk(jsonl, tmp_path, monkeypatch, capsys):
+def test_another_cut_is_refused(tmp_path, monkeypatch, capsys):
+    """Both for an unfinished and for a complete folder."""
+    line = [write_lines(tmp_path / "a.txt"), *SMALL, f"--out={tmp_path}/out"]
+    assert killed_at(20, monkeypatch, *line, "--documents=lines")
+    for whose in ("unfinished data of other settings", "data of other settings"):
+        for options in (["--documents=paragraphs"], []):
+            assert whose in error(capsys, *line, *options)
+        assert main(*line, "--documents=lines") == 0
+    assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write, options", [(write_jsonl, []), (write_lines, ["--documents=lines"])])
+def test_stopped_at_any_call_to_the_disk(tmp_path, monkeypatch, capsys, write, options):
     """Whatever the last call was before a kill, also within a batch, the next start makes the bytes of a run that was
     never stopped, and keeps the shards that are complete."""
     monkeypatch.setattr(sources, "PIECE", 700)
-    out = tmp_path / "out"
-    line = [jsonl, *SMALL, f"--out={out}"]
-    assert main(jsonl, *SMALL, f"--out={tmp_path}/whole/out") == 0
+    out, name = tmp_path / "out", "a.jsonl" if write is write_jsonl else "a.txt"
+    line = [write(tmp_path / name), *SMALL, *options, f"--out={out}"]
+    assert main(*line, f"--out={tmp_path}/whole/out") == 0
     whole = contents(tmp_path / "whole" / "out")
     continued, number = set(), 0
     while killed_at(number, monkeypatch, *line):
@@ -347,13 +412,15 @@ def test_stopped_at_any_call_to_the_disk(jsonl, tmp_path, monkeypatch, capsys):
     assert number > 40 and len(continued) > 8
 
 
+@pytest.mark.parametrize("name, options", [("a.jsonl", []), ("a.txt", ["--documents=lines"])])
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, kills):
+def test_killed_at_random_moments(tmp_path, kills, name, options):
     """kill -9 of the real process."""
     rng = random.Random(kills)
-    source = write_jsonl(tmp_path / "text.jsonl", ["x" * rng.randint(0, 300) for _ in range(40_000)])
+    write = write_lines if options else write_jsonl
+    source = write(tmp_path / name, ["x" * rng.randint(0, 300) for _ in range(40_000)])
     whole, out = tmp_path / "whole" / "out", tmp_path / "out"
-    line = [source, "--tokenizer=bytes", "--shard_tokens=200000"]
+    line = [source, "--tokenizer=bytes", "--shard_tokens=200000", *options]
     assert main(*line, f"--out={whole}") == 0
     for _ in range(kills):
         process = subprocess.Popen(command(*line, f"--out={out}"), stderr=subprocess.DEVNULL)
@@ -413,11 +480,17 @@ def test_a_full_disk(tmp_path, capsys):
 def test_mistakes(jsonl, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.md").write_text("x")
+    (tmp_path / "mixed.txt").write_text("x")
     for message, *line in [
         ("there is no text at", tmp_path / "none"),
         ("there is no text at", ""),
         ("there is no text at", tmp_path / "empty"),
-        ("a file, folder or glob of .txt, .jsonl, .parquet", tmp_path / "a.md"),
+        ("a file, folder or glob of .txt, .jsonl, .parquet, .dict (.gz or .zst or .dz", tmp_path / "a.md"),
+        ("--documents: invalid choice: 'words'", tmp_path / "mixed.txt", "--documents=words"),
+        (f"only .txt and .dict files, and {jsonl} has others", jsonl, "--documents=lines"),
+        (f"and {tmp_path} has others: leave it out", tmp_path, "--documents=paragraphs"),
+        ("and stdlib has others", "stdlib", "--documents=lines"),
+        ("and fineweb-edu has others", "fineweb-edu", "--documents=lines"),
         ("unknown tokenizer 'gtp2'", jsonl, "--tokenizer=gtp2"),
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=many"),
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=-5"),
