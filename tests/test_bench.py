@@ -1,6 +1,11 @@
 """tools/bench.py: what it counts is right, and every figure is there. No speed is asserted."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ import torch
 import train
 from config import Config
 from model import Llama
-from runs import settings_restored
+from runs import ROOT, settings_restored
 from tools import bench
 
 MODEL = "--dim=32 --n_layers=2 --n_heads=2 --n_kv_heads=2 --ffn_dim=48 --vocab_size=64 --seq_len=32".split()
@@ -28,7 +33,7 @@ def test_plan_of_the_paper(tmp_path, capsys):
     memory = plan["memory_bytes"]
     assert plan["parameters"] == 1_132_537_392
     assert memory["weights (float32)"] == 4 * 1_132_537_392
-    assert memory["optimizer (two float32 moments)"] == 8 * 1_132_537_392
+    assert memory["optimizer (float32 moments)"] == 8 * 1_132_537_392
     # 70000 steps of 1,802,240 tokens at 8.6 GFLOP on 8 × 40 % of 989 TFLOP/s
     assert plan["hours"] == pytest.approx(70000 * 1802240 * plan["flops_per_token"] / (8 * 0.4 * 989e12) / 3600)
     assert plan["hours"] == pytest.approx(95, abs=1)
@@ -37,6 +42,20 @@ def test_plan_of_the_paper(tmp_path, capsys):
     assert float(in_all.split()[-1]) == pytest.approx(sum(memory.values()) / 2**30, abs=0.01)
     more = run(tmp_path, "plan", "configs/xielu_1b.py", "--gpus=88", "--mfu=0.4")
     assert more["hours"] == pytest.approx(plan["hours"] / 11)
+
+
+def test_memory_of_an_optimizer():
+    """The plan against what the optimizers hold after a step."""
+    for optimizer in ("adamw", "muon"):
+        config = layer_config("xielu", optimizer=optimizer)
+        model = Llama(config)
+        optimizers = train.make_optimizers(model, config)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        train.update(optimizers, 0.1)
+        states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
+        held = sum(moment.nbytes for state in states for moment in state if moment.ndim)
+        assert bench.memory_of(model)["optimizer (float32 moments)"] == held
 
 
 def layer_config(activation, **keys):
@@ -98,20 +117,59 @@ def check_kept(rows, itemsize):
 
 def test_kernel(tmp_path, capsys):
     with torch.compiler.set_stance("force_eager"):  # compiling all of it takes most of a minute
-        result = run(tmp_path, "kernel", "--device=cpu", "--tokens=8", "--rounds=1")
+        result = run(tmp_path, "kernel", *MODEL, "--device=cpu", "--tokens=80", "--rounds=1")
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
-        rows = result["dtypes"][dtype]["activations"]
-        assert set(rows) == set(bench.CANDIDATES) and set(result["dtypes"][dtype]["ratios"]) == set(bench.RATIOS)
-        assert all(row["forward_ms"] > 0 for row in rows.values())
-        check_kept(rows, itemsize)
-    assert result["about"]["torch"] == str(torch.__version__)
-    assert "fused / relu2" in capsys.readouterr().out
+        figures = result["dtypes"][dtype]
+        assert set(figures["activations"]) == set(bench.CANDIDATES)
+        assert all(row["forward_ms"] > 0 for row in figures["activations"].values())
+        assert figures["activations"]["relu2, compiled"]["both_over_relu2"] == 1
+        check_kept(figures["activations"], itemsize)
+        layers = figures["layers"]
+        assert list(layers) == ["xielu", "relu2", "swiglu"] and layers["relu2"]["over_relu2_ms"] == 0
+        for row in layers.values():
+            assert row["forward_ms"] > 0
+            # 20 tokens, a quarter; what is not a whole sequence of them does not count
+            moved = row["over_relu2_ms"] / 1e3 * figures["copy_gb_per_s"] * 1e9
+            assert row["over_relu2_bytes_per_element"] == pytest.approx(moved / (20 * 48))
+    assert result["about"]["torch"] == str(torch.__version__) and result["width"] == 48
+    assert "bfloat16, inside a layer, 20 × 32" in capsys.readouterr().out
 
 
 def test_compiled_activations():
-    rows = bench.measure_activations(torch.device("cpu"), torch.bfloat16, tokens=8, rounds=1)["activations"]
+    rows = bench.measure_activations(torch.device("cpu"), torch.bfloat16, 8, 9216, rounds=1)["activations"]
     check_kept(rows, itemsize=2)
     assert rows["xielu reference, compiled"]["bytes_kept_per_element"] == pytest.approx(2, abs=0.01)
+
+
+def test_layers_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Llama, "compile_parts", lambda model: compiled.append(model.config.activation))
+    bench.measure_layers(torch.device("cpu"), torch.float32, 8, layer_config("relu2"), rounds=1, bytes_per_s=1e9)
+    assert compiled == ["xielu", "relu2", "swiglu"]
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """Between two events are many calls, and before the first one, the call that keeps the device busy."""
+    called, marks = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.calls = len(called)
+            marks.append(self.calls)
+
+        def synchronize(self):
+            marks.append("synchronized")
+
+        def elapsed_time(self, end):
+            return 0.5 * (end.calls - self.calls)  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    took = bench.device_seconds(lambda: called.append(1), torch.device("cuda"), once=0.001)
+    assert took == pytest.approx(0.0005) and marks == [1, 21, "synchronized"]
+    assert bench.device_seconds(lambda: called.append(1), torch.device("cuda"), once=10) > 0 and len(called) == 21 + 4
 
 
 def test_step(tmp_path, capsys):
@@ -120,12 +178,105 @@ def test_step(tmp_path, capsys):
     assert set(rows) == {"xielu", "swiglu"}
     for row in rows.values():
         assert row["tokens_per_s"] == pytest.approx(128 / row["step_s"])
-        assert row["mfu"] is None
+        assert row["mfu"] is None and row["planned_memory_bytes"] is None  # the plan is for a compiled model
         parts = {"matmul", "attention", "clipping and optimizer", "aten::_log_softmax", "outside ops"}
         assert parts < set(row["parts_s"]) and all(row["parts_s"][part] > 0 for part in parts)
     assert "aten::where" in rows["xielu"]["parts_s"] and "aten::where" not in rows["swiglu"]["parts_s"]
     assert result["tokens_per_s_over_first"]["xielu"] == 1
     assert "tokens per second over those of xielu" in capsys.readouterr().out
+
+
+def test_step_shows_what_plan_computes(tmp_path):
+    run_keys = ["configs/demo.py", *MODEL, "--tokens_per_step=128", "--micro_batch_size=2", "--dtype=float32"]
+    with torch.compiler.set_stance("force_eager"):
+        step = run(tmp_path, "step", *run_keys, "--rounds=1")
+        plan = run(tmp_path, "plan", *run_keys, "--gpus=1")
+    assert step["activations"]["xielu"]["planned_memory_bytes"] == sum(plan["memory_bytes"].values())
+
+
+SMALL = [*MODEL, "--ffn_dim=96", "--n_heads=4", "--n_kv_heads=4", "--vocab_size=257", "--device=cpu", "--dtype=float32"]
+SMALL += ["--tokens_per_step=128", "--micro_batch_size=2", "--eval_tokens=500", "--compile=False"]
+
+
+def test_gpu(tmp_path, monkeypatch, capsys):
+    """All of it with one activation, in processes of their own, of which one hangs and one runs out of memory."""
+
+    def run_part(command, limit, log, real=bench.run_part):
+        if "--deterministic=True" in command:
+            command = ["-c", "print('the log'); raise MemoryError('CUDA out of memory')"]
+        return real(command, 0.01 if bench.MODEL in command else limit, log)
+
+    monkeypatch.setattr(bench, "run_part", run_part)
+    monkeypatch.setattr(bench, "COMPARED", "xielu")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling it takes a minute
+    parts = run(tmp_path, "gpu", *SMALL, "--seconds=1")["parts"]
+    hung, failed = "step 1.1B", "step 124M, deterministic"
+    assert list(parts) == ["kernel", "step 124M", hung, failed, "data", "training, xielu"]
+    errors = {hung: "stopped after 0 s", failed: "exit status 1: MemoryError: CUDA out of memory"}
+    assert {name: part["error"] for name, part in parts.items() if part["error"]} == errors
+    assert parts[failed]["output"].startswith("the log") and parts[failed]["figures"] == {}
+    assert "layers" in parts["kernel"]["figures"]["dtypes"]["bfloat16"]
+    assert parts["step 124M"]["figures"]["activations"]["xielu"]["tokens_per_s"] > 0
+    trained = parts["training, xielu"]["figures"]["activations"]["xielu"]
+    assert trained["step"] > 1 and trained["tokens_per_s"] > 0 and 0 < trained["val_loss"] < 6
+    assert (tmp_path / "deep" / "figures.md").read_text() == bench.markdown(parts)
+    printed = capsys.readouterr().out
+    assert "CUDA out of memory" in printed and "| training, xielu | xielu |" in printed
+
+
+def test_gpu_is_killed(tmp_path):
+    """The parts that have ended are on the disk. Here the first one hangs for a moment, and the second one for long."""
+    program = """
+import sys
+from tools import bench
+run = bench.run_part
+bench.run_part = lambda command, limit, log: run(["-c", "import time; time.sleep(60)"], 60 if limit < 1 else 0.1, log)
+bench.markdown = lambda parts, write=bench.markdown: setattr(bench, "LIMIT", 0) or write(parts)
+bench.main(sys.argv[1:])
+"""
+    path = tmp_path / "figures.json"
+    line = [sys.executable, "-c", program, "gpu", *SMALL, f"--json={path}"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not path.with_suffix(".md").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    parts = json.loads(path.read_text())["parts"]
+    assert list(parts) == ["kernel"] and parts["kernel"]["error"] == "stopped after 0 s"
+    assert "| kernel |" in path.with_suffix(".md").read_text()
+
+
+def test_table_of_gpu():
+    def part(error=None, **speeds):
+        activations = {name: {"tokens_per_s": speed, "mfu": 0.5} for name, speed in speeds.items()}
+        figures = {"activations": activations, "about": {"device": "card", "command": "step"}} if speeds else {}
+        return {"seconds": 9, "error": error, "output": "the log", "figures": figures}
+
+    parts = {"kernel": part("exit status 1: no"), "step 124M": part(xielu=200, relu2=210)}
+    parts |= {"step 124M, deterministic": part(xielu=150), "training, xielu": part(), "training, relu2": part(relu2=9)}
+    about, table, *printed = bench.markdown(parts).split("\n\n")
+    assert about == "device card"
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    rows = [[cell.strip("| ") for cell in line.split(" | ")] for line in table.splitlines()[2:]]
+    assert [(row[0], row[1], row[-2], row[-1]) for row in rows] == [
+        ("kernel", "-", "-", "exit status 1: no"),
+        ("step 124M", "xielu", "1.000", "-"),
+        ("step 124M", "relu2", "1.050", "-"),
+        ("step 124M, deterministic", "xielu", "0.750", "-"),
+        ("training, xielu", "-", "-", "-"),
+        ("training, relu2", "relu2", "1.000", "-"),
+    ]
+    assert printed.count("```\nthe log\n```") == 4 and printed[-1] == "```\nthe log\n```\n"
+
+
+def test_gpu_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert bench.main(["gpu", f"--json={tmp_path}/gpu.json"]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 def test_the_parts_add_up_and_have_names(monkeypatch):
@@ -145,12 +296,17 @@ def test_the_parts_add_up_and_have_names(monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("", "kernel, step, plan"),
-        ("kernels", "kernel, step, plan"),
-        ("kernel --round=3", "unknown option --round=3"),
+        ("", "kernel, step, plan, gpu"),
+        ("kernels", "kernel, step, plan, gpu"),
+        ("kernel --round=3", "unknown key 'round'"),
+        ("kernel --json=tests", "--json=tests is not a file: name one, such as out/bench/kernel.json"),
+        ("step configs/demo.py --json=", "--json=. is not a file"),
+        ("gpu --json=README.md/figures.json", "README.md"),
+        ("gpu --device=cpu --dims=64", "did you mean 'dim'"),
+        ("gpu --seconds=0", "--seconds: must be a whole number of at least 1"),
         ("kernel --rounds=many", "--rounds: must be a whole number of at least 1, not 'many'"),
         ("kernel --tokens=-1", "at least 1"),
-        ("kernel --device=tpu", "device=tpu is not available here"),
+        ("kernel --device=tpu", "device must be one of auto, cpu, cuda, mps"),
         ("step", "give one config file"),
         ("step configs/demo.py --activation=swigul", "did you mean 'swiglu'"),
         ("plan configs/xielu_1b.py --gpu=H1000", "--gpu: invalid choice: 'H1000'"),

@@ -78,7 +78,7 @@ def test_preparing_commands():
 
 def test_bench_commands(elsewhere):
     found = words_of("-m tools.bench")
-    assert {words[0] for words in found} == {"kernel", "step", "plan"}
+    assert {words[0] for words in found} == {"kernel", "step", "plan", "gpu"}
     for words in found:
         _, others = bench.read_options(words)
         if words[0] == "plan":

@@ -1,18 +1,21 @@
-"""Speed and memory, measured here:  python -m tools.bench kernel | step | plan …
+"""Speed and memory, measured here:  python -m tools.bench kernel | step | plan | gpu …
 
-    python -m tools.bench kernel                                          the activations alone
+    python -m tools.bench kernel                                          the activations, alone and inside a layer
     python -m tools.bench step configs/demo.py --activation=xielu,relu2   a whole training step, and its ops
     python -m tools.bench plan configs/xielu_1b.py --gpus=8               memory and hours, without a GPU
+    python -m tools.bench gpu                                             all that a GPU can show, in nine minutes
 
 All candidates are measured in one run, in turns, after a warm-up; each time is the median of the rounds. `step` builds
-and runs the model as train.py does, on random tokens. Besides --KEY=VALUE of train.py (`step`, `plan`), there are
+and runs the model as train.py does, on random tokens. `kernel` takes the sizes of configs/xielu_1b.py; `gpu` is a
+process for each measurement, so that one that fails leaves the others alone. Besides --KEY=VALUE of train.py there are
 
     --rounds=10           turns that each candidate gets; default 10 for kernel, 5 for step
-    --tokens=20480        (kernel) rows of 9216; default 20480 on a GPU, 1820 on a CPU: 16.8 million elements
-    --device=auto         (kernel) as in train.py
+    --tokens=20480        (kernel) rows of ffn_dim; default 20480 on a GPU, 1820 on a CPU: 16.8 million elements
     --activation=A,B      (step) the activations to compare; default: the config's
     --gpus=8 --gpu=H100 --mfu=0.4    (plan) how many of which, and the share of its peak that they reach
-    --json=FILE           where the figures go besides the table; default out/bench/kernel.json, …
+    --seconds=60          (gpu) of training with each activation; less if the other parts have taken long
+    --json=FILE           where the figures go besides the table; default out/bench/kernel.json, …; gpu also writes
+                          the tables beside it, as out/bench/gpu.md
 """
 
 import json
@@ -20,7 +23,9 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -36,8 +41,10 @@ import machine
 import train
 from activations import get_activation
 from command import Parser, UserError, run_command, whole_number
-from config import Config, read_command
+from config import ROOT, Config, read_command
+from files import write_atomically
 from model import Llama, chunk_rows
+from run import read_log
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints a line when it starts and stops
 
@@ -55,10 +62,27 @@ def seconds(job, device):
     return time.perf_counter() - began
 
 
+def device_seconds(job, device, once):
+    """Seconds per call of job(), of which one alone took `once`. On CUDA by the device's own clock, of as many calls as
+    fill 20 ms, queued one behind the other: starting a call and waiting for it can take as long as its kernel."""
+    if device.type != "cuda":
+        return seconds(job, device)
+    calls = max(3, round(0.02 / once))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    job()  # otherwise the device would wait for the first call while its clock runs
+    start.record()
+    for _ in range(calls):
+        job()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
 def medians(jobs, device, rounds):
     """{name: median seconds} of {name: function}, run in turns after two rounds of warm-up."""
-    turns = [{name: seconds(job, device) for name, job in jobs.items()} for _ in range(rounds + 2)]
-    return {name: statistics.median(turn[name] for turn in turns[2:]) for name in jobs}
+    _, once = ({name: seconds(job, device) for name, job in jobs.items()} for _ in range(2))
+    turns = [{name: device_seconds(job, device, once[name]) for name, job in jobs.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
 
 
 def bytes_kept(function, inputs, without=()):
@@ -104,9 +128,9 @@ def about(device):
 
 
 def written(figure):
-    """A figure as text: whole from 1000 on, else with three decimals; "-" for None."""
-    if figure is None:
-        return "-"
+    """A figure as text: whole from 1000 on, else with three decimals; "-" for None. A text stays as it is."""
+    if figure is None or isinstance(figure, str):
+        return figure or "-"
     return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3f}"
 
 
@@ -125,7 +149,8 @@ def print_table(corner, rows):
 # ---------------------------------------------------------------------------------------------------------------
 # kernel
 
-WIDTH = 9216  # elements per token, as in configs/xielu_1b.py
+MODEL = str(ROOT / "configs/xielu_1b.py")  # whose sizes are measured
+COMPARED = "xielu,relu2,swiglu"
 
 # {name: (activation, whether to compile it: the fused ones compile themselves)}
 CANDIDATES = {
@@ -137,24 +162,19 @@ CANDIDATES = {
     "gelu, compiled": ("gelu", True),
     "swiglu, compiled": ("swiglu", True),
 }
-RATIOS = {
-    "eager reference / fused": ("xielu reference, eager", "xielu fused"),
-    "compiled reference / fused": ("xielu reference, compiled", "xielu fused"),
-    "fused / relu2": ("xielu fused", "relu2, compiled"),
-    "fused / swiglu": ("xielu fused", "swiglu, compiled"),
-    "inverted / fused": ("xielu inverted", "xielu fused"),
-}
 
 
 def gradients(module, inputs, gradient):
-    """The gradients of a module's inputs and scalars, given that of its output: its forward and backward pass."""
-    return torch.autograd.grad(module(*inputs), [*inputs, *module.parameters()], gradient)
+    """The gradients of a module's parameters, and of the inputs that need one, given that of its output: its forward
+    and backward pass."""
+    wanted = [tensor for tensor in (*inputs, *module.parameters()) if tensor.requires_grad]
+    return torch.autograd.grad(module(*inputs), wanted, gradient)
 
 
-def measure_activations(device, dtype, tokens, rounds):
-    """{"copy_gb_per_s": …, "activations": {name: figures}, "ratios": {…}} of the candidates on (tokens, WIDTH); a gated
-    one gets two inputs of 2/3 of the width."""
-    source = torch.randn(tokens, WIDTH, device=device).to(dtype)
+def measure_activations(device, dtype, tokens, width, rounds):
+    """{"copy_gb_per_s": …, "activations": {name: figures}} of the candidates on (tokens, width); a gated one gets two
+    inputs of 2/3 of the width."""
+    source = torch.randn(tokens, width, device=device).to(dtype)
     target = torch.empty_like(source)
     jobs, moved, figures = {"copy": lambda: target.copy_(source)}, {}, {}
     for name, (activation, compiled) in CANDIDATES.items():
@@ -162,7 +182,7 @@ def measure_activations(device, dtype, tokens, rounds):
         if compiled:
             module.compile(dynamic=False)
         gated = get_activation(activation).gated
-        shape = (tokens, WIDTH * 2 // 3 if gated else WIDTH)
+        shape = (tokens, width * 2 // 3 if gated else width)
         inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2 if gated else 1)]
         gradient = torch.randn(shape, device=device).to(dtype)
         jobs[name, "forward"] = partial(module, *inputs)
@@ -182,22 +202,54 @@ def measure_activations(device, dtype, tokens, rounds):
                 f"{way}_gb_per_s": rate / 1e9,
                 f"{way}_share_of_copy": rate / copy_rate,
             }
-    ratios = {ratio: times[above, "both"] / times[below, "both"] for ratio, (above, below) in RATIOS.items()}
-    return {"copy_gb_per_s": copy_rate / 1e9, "activations": figures, "ratios": ratios}
+        figures[name]["both_over_relu2"] = times[name, "both"] / times["relu2, compiled", "both"]
+    return {"copy_gb_per_s": copy_rate / 1e9, "activations": figures}
 
 
-def kernel(_, rounds, tokens, device):
-    """Measure the activations alone, in float32 and bfloat16; returns the figures."""
-    device = machine.pick_device(device)
+def measure_layers(device, dtype, tokens, config, rounds, bytes_per_s):
+    """{activation: figures} of a layer of the model, compiled as train.py compiles it: there, part of an activation's
+    backward pass may go to memory and back, which does not show where it is alone. What a layer takes longer than that
+    with relu2 is also given as the bytes that a copy moves in that time, per element of the activation."""
+    length = min(tokens, config.seq_len)
+    x = torch.randn(tokens // length, length, config.dim, device=device).to(dtype).requires_grad_()
+    gradient = torch.randn_like(x)
+    names, jobs = COMPARED.split(","), {}
+    for name in names:
+        with torch.device(device):
+            model = Llama(replace(config, activation=name, n_layers=1, vocab_size=1), dtype)
+        model.compile_parts()
+        inputs = (x, model.cos[:length], model.sin[:length])
+        jobs[name, "forward"] = partial(model.layers[0], *inputs)
+        jobs[name, "both"] = partial(gradients, model.layers[0], inputs, gradient)
+    times, figures = medians(jobs, device, rounds), {}
+    for name in names:
+        over = times[name, "both"] - times["relu2", "both"]
+        figures[name] = {
+            "forward_ms": times[name, "forward"] * 1e3,
+            "backward_ms": (times[name, "both"] - times[name, "forward"]) * 1e3,
+            "over_relu2_ms": over * 1e3,
+            "over_relu2_bytes_per_element": over * bytes_per_s / (x.numel() / config.dim * config.ffn_dim),
+        }
+    return figures
+
+
+def kernel(keys, save, rounds, tokens):
+    """Measure the activations, alone and inside a layer, in float32 and bfloat16."""
+    config = read_config([MODEL, *keys])
+    device, width = machine.pick_device(config.device), config.ffn_dim
     tokens = tokens or (20480 if device.type == "cuda" else 1820)
-    result = {"about": about(device), "tokens": tokens, "width": WIDTH, "dtypes": {}}
+    in_layer = tokens if device.type == "cuda" else max(1, tokens // 4)  # a CPU's matmuls take seconds
+    result = {"about": about(device), "tokens": tokens, "tokens_in_layer": in_layer, "width": width, "dtypes": {}}
     for dtype in (torch.float32, torch.bfloat16):
-        figures = measure_activations(device, dtype, tokens, rounds)
-        result["dtypes"][str(dtype)[6:]] = figures
-        print(f"{str(dtype)[6:]}, {tokens} × {WIDTH}, copy {figures['copy_gb_per_s']:.1f} GB/s, {device}")
+        name = str(dtype)[6:]
+        figures = result["dtypes"][name] = measure_activations(device, dtype, tokens, width, rounds)
+        save(result)
+        copy_rate = figures["copy_gb_per_s"]
+        print(f"{name}, {tokens} × {width}, copy {copy_rate:.1f} GB/s, {device}")
         print_table("activation", figures["activations"])
-        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in figures["ratios"].items())
-        print(f"forward + backward: {ratios}\n")
+        figures["layers"] = measure_layers(device, dtype, in_layer, config, rounds, copy_rate * 1e9)
+        print(f"{name}, inside a layer, {in_layer} × {config.dim}")
+        print_table("activation", figures["layers"])
     return result
 
 
@@ -206,27 +258,28 @@ def kernel(_, rounds, tokens, device):
 
 
 class Candidate:
-    """A model with its optimizer, built as train.py builds them, and the times that its steps on a batch took.
+    """A model with its optimizers, built as train.py builds them, and the times that its steps on a batch took.
 
     Between its turns it is on the CPU, so that each candidate has the GPU's memory to itself.
     """
 
     def __init__(self, config, batch, dtype):
         self.config, self.batch, self.device = config, batch, batch.device
-        self.model, _, self.optimizer = train.build(config, {}, self.device, dtype)
+        self.model, _, self.optimizers = train.build(config, {}, self.device, dtype)
         self.first_step = seconds(self.step, self.device)
         self.times = []
         self.move("cpu")
 
     def step(self):
         train.compute_gradient(self.model, self.batch, self.config)
-        train.update(self.optimizer, self.config.lr)
-        self.optimizer.zero_grad()
+        train.update(self.optimizers, self.config.lr)
+        self.model.zero_grad()
 
     def move(self, device):
-        """Move model and optimizer to a device."""
+        """Move model and optimizers to a device."""
         self.model.to(device)
-        self.optimizer.load_state_dict(self.optimizer.state_dict())  # which puts it where the weights are
+        for optimizer in self.optimizers:
+            optimizer.load_state_dict(optimizer.state_dict())  # which puts it where the weights are
 
     def take_turn(self):
         """Time two steps, after one of warm-up."""
@@ -249,6 +302,8 @@ class Candidate:
             "share_of_own_matmul": model_flops / own_flops,
             "mfu": model_flops / peak_flops if peak_flops else None,
             "peak_memory_bytes": self.peak_memory,
+            # the plan is for a compiled model
+            "planned_memory_bytes": sum(memory_of(self.model).values()) if self.config.compile else None,
         }
 
 
@@ -289,8 +344,8 @@ def print_parts(parts):
 
 
 @torch._inductor.config.patch("cpp.enable_kernel_profile", True)  # otherwise a CPU's compiled kernels have no names
-def step(argv, rounds):
-    """Measure training steps with each activation; returns the figures."""
+def step(argv, _, rounds):
+    """Measure training steps with each activation."""
     from_file, keys = read_command(argv)
     values = from_file | keys
     names = values["activation"].split(",")
@@ -301,8 +356,6 @@ def step(argv, rounds):
     dtype = machine.pick_dtype(config.dtype, device)
     machine.be_deterministic(device, config.deterministic)
 
-    # every activation is a variant of the same functions, and variants beyond this limit would run uncompiled
-    torch._dynamo.config.recompile_limit = 64
     candidates, matmul_times, parts = {}, [], {}
     sequences = config.tokens_per_step // config.seq_len
     batch = torch.randint(config.vocab_size, (sequences, config.seq_len + 1), device=device)
@@ -356,31 +409,32 @@ def kept_by_layer(config, dtype):
     return bytes_kept(layer, [x, model.cos, model.sin], without=[model.cos, model.sin, *model.parameters()])
 
 
-def memory_of(model, dtype):
+def memory_of(model):
     """{part: bytes} of one GPU that trains a compiled model."""
-    config, parameters, head = model.config, model.num_parameters(), model.lm_head.weight.numel()
+    config, dtype = model.config, model.compute_dtype
+    parameters, head = model.num_parameters(), model.lm_head.weight.numel()
+    # of those that Muon takes it keeps one moment
+    matrices = sum(w.numel() for w in model.layers.parameters() if w.ndim == 2) if config.optimizer == "muon" else 0
     rows = min(config.micro_batch_size * config.seq_len, chunk_rows(config.vocab_size))
     return {
         "weights (float32)": 4 * parameters,
         "gradients (float32)": 4 * parameters,
-        "optimizer (two float32 moments)": 8 * parameters,
+        "optimizer (float32 moments)": 8 * parameters - 4 * matrices,
         "kept by the layers for backward": config.n_layers * kept_by_layer(config, dtype),
         # a chunk's logits, whose gradient takes their place; the head's weight and gradient, both cast, and their sum
         "logits and loss": rows * config.vocab_size * dtype.itemsize + head * (2 * dtype.itemsize + 4),
     }
 
 
-def plan(argv, gpus, gpu, mfu):
-    """Compute memory and hours of a run, from its config alone; returns the figures."""
+def plan(argv, _, gpus, gpu, mfu):
+    """Compute memory and hours of a run, from its config alone."""
     if not 0 < mfu <= 1:
         raise UserError(f"mfu must be above 0 and at most 1, not {mfu}")
-    from_file, keys = read_command(argv)
-    config = Config(**(from_file | keys))
+    config = read_config(argv)
     config.check_batch(gpus)
-    with torch.device("meta"):
-        model = Llama(config)
-    # every GPU of the table computes in bfloat16
-    memory = memory_of(model, torch.float32 if config.dtype == "float32" else torch.bfloat16)
+    with torch.device("meta"):  # every GPU of the table computes in bfloat16
+        model = Llama(config, torch.float32 if config.dtype == "float32" else torch.bfloat16)
+    memory = memory_of(model)
     parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     tokens = config.max_steps * config.tokens_per_step
     flops = tokens * flops_per_token
@@ -405,41 +459,155 @@ def plan(argv, gpus, gpu, mfu):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# gpu
+
+WHOLE = 520  # seconds for all parts: nine minutes, less what this process takes to start
+LIMIT = 180  # seconds for one part, so that one that hangs leaves time for the others
+START = 25  # seconds of a training that are not training: to start, compile, validate and write a checkpoint
+COLUMNS = ("tokens_per_s", "mfu", "peak_memory_bytes", "planned_memory_bytes", "val_loss")
+
+
+def run_part(command, limit, log):
+    """Run a Python command of this repository for at most `limit` seconds; `log` gets what it prints. Returns what went
+    wrong, or None. (Through a pipe, processes that the command leaves behind would keep this one waiting.)"""
+    with open(log, "wb") as file:
+        try:
+            python = [sys.executable, "-u", *command]
+            status = subprocess.run(python, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s"
+    last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2]
+    return f"exit status {status}: {last}" if status else None
+
+
+def figures_at(path):
+    """The figures of a part, from the JSON file or the folder of a run that it has left at a path; {} if it has not."""
+    if path.is_file():
+        return json.loads(path.read_text("utf-8"))
+    records = read_log(path / "log.jsonl")
+    training = [record for record in records if record["kind"] == "train"][1:]  # the first step compiles
+    if not training:
+        return {}
+    last = training[-1] | {"tokens_per_s": statistics.median(record["tokens_per_s"] for record in training)}
+    last["val_loss"] = records[-1]["loss"] if records[-1]["kind"] == "val" else None  # None if the run was stopped
+    return {"activations": {path.name: last}}
+
+
+def markdown(parts):
+    """The machine, a table of all parts so far, and what each has printed. A speed is compared with the first of its
+    kind, which is what stands before the comma in a part's name."""
+    noted = next((part["figures"]["about"] for part in parts.values() if "about" in part["figures"]), {})
+    text = ", ".join(f"{name} {value}" for name, value in noted.items() if name != "command") + "\n\n"
+    heads = " | ".join(["part", "activation", "seconds", *COLUMNS, "tokens_per_s_over_first", "error"])
+    text += f"| {heads.replace('_', ' ')} |\n" + "|---" * (len(COLUMNS) + 5) + "|\n"
+    firsts = {}
+    for name, part in parts.items():
+        for activation, figures in part["figures"].get("activations", {"": {}}).items():
+            speed = figures.get("tokens_per_s")
+            over = speed / firsts.setdefault(name.partition(",")[0], speed) if speed else None
+            cells = [name, activation, part["seconds"], *map(figures.get, COLUMNS), over, part["error"]]
+            text += "| " + " | ".join(map(written, cells)) + " |\n"
+    return text + "".join(f"\n## {name}\n\n```\n{part['output']}\n```\n" for name, part in parts.items())
+
+
+def gpu(keys, save, seconds):
+    """Run all that needs a GPU, each part in a process of its own, in the order of their value. Figures and table are
+    written after each part. A part that fails is noted with its error, and the next one follows."""
+    small, few, compared = str(ROOT / "configs/xielu_124m.py"), "--tokens_per_step=65536", f"--activation={COMPARED}"
+    for file in (small, MODEL):
+        config = read_config([file, *keys])
+    if config.device == "auto" and machine.pick_device("auto").type == "cpu":
+        raise UserError("there is no GPU here; with --device=cpu and small sizes (--dim=96 …) it can be tried without")
+    parts, ends = {}, time.monotonic() + WHOLE
+    result = {"keys": keys, "parts": parts}
+
+    def measure(name, command, path, share=1.0):
+        print(f"{name} …", end=" ", flush=True)
+        began, log = time.monotonic(), folder / "log.txt"
+        error = run_part(command, max(0, min(LIMIT, (ends - began) * share)), log)
+        elapsed, output = time.monotonic() - began, log.read_text("utf-8", "replace").strip()
+        parts[name] = {"seconds": elapsed, "error": error, "output": output[-10_000:], "figures": figures_at(path)}
+        print(f"{elapsed:.0f} s" + (f", {error}" if error else ""), flush=True)
+        save(result, markdown(parts))
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        benches = {
+            "kernel": ["kernel", *keys, "--rounds=5"],
+            "step 124M": ["step", small, few, *keys, compared, "--rounds=3"],
+            "step 1.1B": ["step", MODEL, "--tokens_per_step=40960", *keys, compared, "--rounds=2"],
+            "step 124M, deterministic": ["step", small, few, *keys, "--activation=xielu", "--deterministic=True"],
+        }
+        for name, command in benches.items():
+            path = folder / f"{name}.json"
+            measure(name, ["-m", "tools.bench", *command, f"--json={path}"], path)
+
+        data, steps = folder / "data", 100
+        measure("data", ["prepare_data.py", "stdlib", f"--out={data}"], data)
+        if step := parts["step 124M"]["figures"]:
+            each = min(seconds, (ends - time.monotonic()) / 3 - START)
+            speed = step["activations"]["xielu"]["tokens_per_s"] / step["config"]["tokens_per_step"]
+            steps = max(2, round(each * speed))  # as many for all three, so that one can compare their losses
+        own = [f"--data={data}", f"--max_steps={steps}", f"--eval_every={steps}", f"--checkpoint_every={steps}"]
+        own += [f"--warmup_steps={steps // 10}", f"--decay_steps={steps // 5}", f"--log_every={max(1, steps // 10)}"]
+        names = COMPARED.split(",")
+        for number, name in enumerate(names):  # each has the same share of the time that is left
+            run = ["train.py", small, few, "--eval_tokens=100000", *keys, *own, f"--activation={name}"]
+            measure(f"training, {name}", [*run, f"--out={folder / name}"], folder / name, 1 / (len(names) - number))
+    print("\n" + markdown(parts).partition("\n\n##")[0])
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Command line
 
-COMMANDS = {"kernel": kernel, "step": step, "plan": plan}
+# {name: (function, {option: default})}
+COMMANDS = {
+    "kernel": (kernel, {"rounds": 10, "tokens": None}),
+    "step": (step, {"rounds": 5}),
+    "plan": (plan, {"gpus": 8, "gpu": "H100", "mfu": 0.4}),
+    "gpu": (gpu, {"seconds": 60}),
+}
 
 
 def read_options(argv):
     """(options of a command line as a namespace, arguments that are train.py's); UserError if it is wrong."""
     if not argv or argv[0] not in COMMANDS:
         raise UserError(f"say what to measure, one of {', '.join(COMMANDS)}: see python -m tools.bench --help")
-    command = argv[0]
-    parser = Parser("python -m tools.bench")
+    command, parser = argv[0], Parser("python -m tools.bench")
     parser.add_argument("--json", type=Path, default=Path(f"out/bench/{command}.json"))
-    if command == "kernel":
-        parser.add_argument("--rounds", type=whole_number, default=10)
-        parser.add_argument("--tokens", type=whole_number)
-        parser.add_argument("--device", default="auto")
-    elif command == "step":
-        parser.add_argument("--rounds", type=whole_number, default=5)
-    else:
-        parser.add_argument("--gpus", type=whole_number, default=8)
-        parser.add_argument("--gpu", default="H100", choices=machine.PEAK_FLOPS)
-        parser.add_argument("--mfu", type=float, default=0.4)
+    for name, default in COMMANDS[command][1].items():
+        kind = type(default) if isinstance(default, str | float) else whole_number
+        choices = machine.PEAK_FLOPS if name == "gpu" else None
+        parser.add_argument(f"--{name}", type=kind, default=default, choices=choices)
     options, others = parser.parse_known_args(argv[1:])
-    if command == "kernel" and others:
-        parser.error(f"unknown option {others[0]}")
+    if options.json.exists() and not options.json.is_file():
+        raise UserError(f"--json={options.json} is not a file: name one, such as out/bench/{command}.json")
     return options, others
 
 
+def read_config(argv):
+    """The Config of a command line like train.py's."""
+    from_file, keys = read_command(argv)
+    return Config(**(from_file | keys))
+
+
 def bench(argv):
-    """Measure what a command line names, and write its options and the figures."""
+    """Measure what a command line names, and write its options and the figures. Its function returns them, and may call
+    save(figures, tables) before, so that an interruption does not lose all of them."""
     options, others = read_options(argv)
     path = vars(options).pop("json")
-    figures = COMMANDS[argv[0]](others, **vars(options))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(vars(options) | figures, indent=2) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)  # now: not to find out after nine minutes that it cannot be made
+
+    def save(figures, tables=None):
+        text = json.dumps(vars(options) | figures, indent=2) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
+        if tables:
+            write_atomically(path.with_suffix(".md"), lambda file: file.write(tables.encode()))
+
+    # every activation is a variant of the same functions, and variants beyond this limit would run uncompiled
+    torch._dynamo.config.recompile_limit = 64
+    save(COMMANDS[argv[0]][0](others, save, **vars(options)))
     print(f"figures: {path}")
 
 
