@@ -72,6 +72,29 @@ def test_runs_that_have_no_validation_in_common_or_diverged(fake_run, axes_of):
     assert all(map(np.isfinite, right.get_ylim()))
 
 
+def test_tuning(axes_of):
+    inf = float("inf")
+    tuning = {
+        "xielu": {0.002: [1.0, 1.2], 0.001: [1.5, 1.5], 0.004: [9.0, 9.0]},
+        "relu2": {0.002: [1.3, 1.3], 0.001: [1.2, 1.2], 0.004: [inf, 1.4]},
+        "gelu": {0.001: [inf, inf], 0.002: [inf, inf]},
+    }
+    (axis,) = axes_of(lambda out: plot.draw_tuning(tuning, "lr", out))
+    lines = [line.get_xydata() for line in axis.lines]
+    assert np.allclose(lines[0], [[0.001, 1.5], [0.002, 1.1], [0.004, 9.0]]) and np.allclose(lines[1], [0.002, 1.1])
+    assert np.allclose(lines[2][:2], [[0.001, 1.2], [0.002, 1.3]]) and np.isnan(lines[2][2, 1])
+    assert np.allclose(lines[3], [0.001, 1.2]) and lines[4][0, 0] == 0.004  # the cross of relu2
+    assert [line.get_marker() for line in axis.lines] == ["o", "o", "o", "o", "x", "o", "o", "x", "x"]
+    low, high = axis.get_ylim()
+    assert low < 1.1 and 1.5 < high < 9  # a loss that is far higher than the others leaves the figure
+    assert axis.get_xscale() == "log" and [text.get_text() for text in axis.get_xticklabels()] == [
+        "0.001",
+        "0.002",
+        "0.004",
+    ]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == list(tuning)
+
+
 def test_scalars(fake_run, axes_of):
     alphas = {"alpha_p": [[0.8, 0.8], [0.9, 0.7], [1.0, 0.5]], "alpha_n": [[0.8, 0.8], [0.8, 0.8], [0.7, 0.6]]}
     more = {"alpha_p": [[0.8, 0.8], [0.9, 0.7], [1.2, 0.3]], "alpha_n": alphas["alpha_n"]}

@@ -5,6 +5,10 @@
 Any key of train.py may take a list. The runs are all combinations, and each is a plain train.py run in a folder of its
 own. The same command again continues where it stopped, and runs nothing twice. Besides train.py's keys there are
 
+    --tune=lr=1e-3,2e-3    values of one key: each activation runs with each of them on the tuning seeds, and is then
+                           compared with the one whose mean validation loss was lowest. If that is the first or last
+                           value, the list is extended by the ratio to its neighbour, at most twice on each side
+    --tune_seeds=101       a list of seeds, none of which may be in --seed
     --out=FOLDER           of the runs, of results.md, .json and .csv, and of the figures; default out/compare/NAME
     --dry_run              print the runs and their sizes, and stop
     --unmatched            allow runs whose parameters differ by more than 0.5 %
@@ -17,29 +21,37 @@ import itertools
 import json
 import math
 import re
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from activations import short_name
 from command import Parser, UserError, format_seconds, run_command, whole_number
-from config import ROOT, Config, read_command
-from data import open_data
+from config import ROOT, TYPES, Config, read_command, typed
+from data import open_data, read_meta
 from files import lock_folder
 from identity import check_activation
 from machine import pick_device, pick_dtype
 from model import Llama
 from run import dtype_taken, read_about, read_log
-from tools import plot
+from tools import intervals, plot
+from tools.intervals import MOST_SEEDS, half_widths, mean, pooled, seeds_for, smallest_difference, student_interval
+from train import BAD_STEPS
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
+# So often a tuned list is extended on each side
+EXTENSIONS = 2
+# Nats per token: results.md says how many seeds it takes to find such a difference
+TARGET = 0.01
 
 # ---------------------------------------------------------------------------------------------------------------
 # The grid
@@ -47,10 +59,11 @@ MATCHED = 0.005
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid. case: {key: value} of what makes its row of the table, all that varies but the seed.
-    arguments: what train.py is called with."""
+    """One run of the grid. case: {key: value} of what makes its row of the table, all that varies but the seed and a
+    tuned key. tuned: {key: value} of that key, or {}. arguments: what train.py is called with."""
 
     case: dict
+    tuned: dict
     config: Config
     arguments: list
     parameters: int
@@ -64,22 +77,28 @@ class Run:
     def tokens(self):
         return self.config.max_steps * self.config.tokens_per_step
 
+    @property
+    def flops(self):
+        return self.flops_per_token * self.tokens
 
-def read_grid(argv, out, world):
+
+def read_grid(argv, out, world, key=None):
     """The Runs that train.py's arguments, with lists for values, describe; UserError if one of them could not be run on
     `world` processes. The seed varies slowest, so that a comparison that is stopped early has whole rounds of
-    activations."""
+    activations. `key` is the one that is tuned: its value names the folder of a run, but makes no row."""
     lists = {}
     for argument in sorted(argv, key=lambda argument: not argument.startswith("--seed=")):
         name, equals, values = argument.partition("=")
         lists[name] = [f"{name}={value}" for value in values.split(",")] if equals else [name]
-    varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in ("--activation", "--seed")]
+    rowless = ("--activation", "--seed", f"--{key}")
+    varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in rowless]
     runs = {}
     for arguments in itertools.product(*lists.values()):
         from_file, options = read_command(arguments)
         keys = from_file | options
         case = {"activation": short_name(keys["activation"])} | {name: keys[name] for name in varied}
-        folder = file_name(f"{plot.label_of(case)} seed={keys['seed']}")
+        tuned = {key: keys[key]} if key else {}
+        folder = file_name(f"{plot.label_of(case | tuned)} seed={keys['seed']}")
         if folder in runs:
             raise UserError(f"{folder} is given twice: give each value of a list once")
         config = Config(**(keys | {"out": f"{out}/{folder}", "resume": True}))
@@ -87,23 +106,33 @@ def read_grid(argv, out, world):
         with torch.device("meta"):
             model = Llama(config)
         arguments = [*arguments, f"--out={config.out}", "--resume"]
-        runs[folder] = Run(case, config, arguments, model.num_parameters(), model.flops_per_token())
+        runs[folder] = Run(case, tuned, config, arguments, model.num_parameters(), model.flops_per_token())
     return list(runs.values())
 
 
-def share_dtype(runs):
-    """The runs with one dtype where they ask for auto: what it took for one of them that has begun, or takes now."""
+def share_dtype(runs, argv):
+    """The arguments with one dtype instead of auto: what it took for one of the runs that has begun, or takes now."""
     auto = [run for run in runs if run.config.dtype == "auto"]
     if not auto:
-        return runs
+        return argv
+    if len(auto) < len(runs):
+        raise UserError("dtype=auto takes one of the other dtypes: leave it out of the list")
     taken = [dtype for run in auto if (dtype := dtype_taken(run.out)) != "auto"]
     dtype = taken[0] if taken else str(pick_dtype("auto", pick_device(auto[0].config.device), print))[6:]
-    return [
-        replace(run, config=replace(run.config, dtype=dtype), arguments=[*run.arguments, f"--dtype={dtype}"])
-        if run.config.dtype == "auto"
-        else run
-        for run in runs
-    ]
+    return [*argv, f"--dtype={dtype}"]
+
+
+def read_tune(text, argv):
+    """(key, its values, sorted) of --tune; UserError if it cannot be tuned."""
+    key, _, values = text.partition("=")
+    if TYPES.get(key) not in (int, float) or key == "seed":
+        raise UserError(f"--tune={text}: give the values of a key that is a number, as in --tune=lr=1e-3,2e-3,4e-3")
+    if any(argument.startswith(f"--{key}=") for argument in argv):
+        raise UserError(f"{key} is tuned: leave out --{key}")
+    values = sorted(typed(key, value) for value in values.split(","))
+    if len(values) < 2 or len(set(values)) < len(values) or values[0] <= 0:
+        raise UserError(f"--tune={text}: give two or more values above 0, each of them once")
+    return key, values
 
 
 def file_name(text):
@@ -117,15 +146,21 @@ def spread(numbers):
 
 
 def print_grid(runs):
-    """Print the runs and their sizes; returns the spread of their parameters."""
+    """Print the runs and their sizes."""
     width = max(len(run.out.name) for run in runs)
     for run in runs:
         sizes = f"{run.parameters:,} parameters  {run.flops_per_token:,} FLOPs per token  {run.tokens:,} tokens"
         print(f"{run.out.name.ljust(width)}  {sizes}")
+
+
+def check_matched(runs, unmatched):
+    """Print how far the sizes of the runs are apart; UserError if that is too far, unless `unmatched`."""
     parameters = spread([run.parameters for run in runs])
     flops = spread([run.flops_per_token for run in runs])
     print(f"spread: {parameters:.3%} of parameters, {flops:.3%} of FLOPs per token")
-    return parameters
+    if parameters > MATCHED and not unmatched:
+        limit = f"differ by {parameters:.2%}, more than {MATCHED:.1%}"
+        raise UserError(f"the parameters of these runs {limit}: add --unmatched to allow it")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -148,11 +183,15 @@ def check_folder(run):
 
 
 def outcome(run):
-    """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s"; None if it is not
-    finished, or has diverged."""
+    """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s"; {"loss": inf} if it
+    has diverged, and None if it is not finished."""
     records = read_log(run.out / "log.jsonl", run.config.max_steps)
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
-    if not final or not math.isfinite(float(final[0]["loss"])):
+    bad = [record["step"] for record in records if record["kind"] == "bad"][-BAD_STEPS:]
+    gave_up = len(bad) == BAD_STEPS and bad[-1] - bad[0] == BAD_STEPS - 1 and bad[-1] == records[-1]["step"]
+    if gave_up or (final and not math.isfinite(float(final[0]["loss"]))):
+        return {"loss": math.inf}
+    if not final:
         return None
     # The first step compiles. The median, because the machine may have been busy with something else for a while.
     speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
@@ -173,15 +212,16 @@ def execute(run, world, lock, title):
         pass_fds=[lock.fileno()],  # if this process dies alone, the lock is held until the run has ended too
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
-    last = ""
+    last, began = "", time.monotonic()
     try:
         with open(run.out / "output.txt", "a", buffering=1, encoding="utf-8") as output:  # line by line
             for line in process.stdout:
                 output.write(line)
                 if line.strip() and not last.startswith("error:"):
                     last = line.strip()
-                if progress := re.match(r"(step \d+/\d+) .*  (eta \w+)", line):
-                    show(f"{title}: {progress[1]}, {progress[2]}", passing=True)
+                if progress := re.match(r"(step \d+/\d+) .*  eta (\w+)", line):
+                    elapsed = format_seconds(time.monotonic() - began)
+                    show(f"{title}: {progress[1]}, {elapsed} elapsed, {progress[2]} left", passing=True)
         return process.wait(), last
     finally:  # after Ctrl-C, the run saves a checkpoint first
         process.terminate()
@@ -196,89 +236,148 @@ def show(text, passing=False):
         print(text, flush=True)
 
 
-def run_all(runs, world, lock):
-    """Run what is not finished, one after another; returns {name of a failed run: why}."""
+def run_all(runs, world, lock, start, later=()):
+    """Run what is not finished, one after another; returns {name of a run that failed or diverged: which}. `start` is
+    when the comparison began, and `later` are the runs that come after these."""
     failed = {}
+    for run in runs:
+        check_folder(run)
     for number, run in enumerate(runs, 1):
-        title = f"[{number}/{len(runs)}] {run.out.name}"
-        if outcome(run):
-            show(f"{title}: finished before")
-            continue
-        show(f"{title}: starting", passing=True)
-        began = time.monotonic()
-        status, last = execute(run, world, lock, title)
-        took = format_seconds(time.monotonic() - began)
-        if result := outcome(run):
-            flops = sum(other.flops_per_token * other.tokens for other in runs[number:] if not outcome(other))
-            speed = run.flops_per_token * (result["tokens_per_s"] or math.inf)  # not measured in a run of one step
-            left = format_seconds(flops / speed)
-            show(f"{title}: val loss {result['loss']:.4f} after {took}, {left} left in all")
-        else:
-            reason = f"it failed with status {status}" if status else "its last validation loss is not finite"
-            failed[run.out.name] = reason
-            show(f"{title}: after {took} {reason}: {last} (its whole output is in {run.out}/output.txt)")
+        title, times = f"[{number}/{len(runs)}] {run.out.name}", ", finished before"
+        if not outcome(run):
+            show(f"{title}: starting", passing=True)
+            began = time.monotonic()
+            status, last = execute(run, world, lock, title)
+            took, elapsed = time.monotonic() - began, time.monotonic() - start
+            flops = sum(other.flops for other in [*runs[number:], *later] if not outcome(other))
+            left = took * flops / run.flops  # as long per FLOP as this one, with its compilation and validations
+            times = " in {}; {} elapsed, {} left in all".format(*map(format_seconds, (took, elapsed, left)))
+        result = outcome(run)
+        if not result:
+            failed[run.out.name] = f"failed with status {status}"
+            times += f": {last} (its whole output is in {run.out}/output.txt)"
+        elif math.isinf(result["loss"]):
+            failed[run.out.name] = "diverged"
+        show(f"{title}: {failed.get(run.out.name) or 'val loss {:.4f}'.format(result['loss'])}{times}")
     return failed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tuning
+
+
+def best_value(losses):
+    """The value with the lowest mean loss, of {value: losses over the tuning seeds}."""
+    return min(sorted(losses), key=lambda value: mean(losses[value]))
+
+
+def is_edge(losses):
+    """Whether the best value is the lowest or the highest."""
+    return best_value(losses) in (min(losses), max(losses))
+
+
+def beyond(key, losses, given):
+    """The value of `key` to try after those of {value: losses}, of which the sorted list `given` was asked for. If the
+    best is the lowest or the highest, it is the next one by the ratio to the neighbour. None if the best is inside, or
+    is a whole number, if that side has been extended EXTENSIONS times, or if the key's limits forbid the next value."""
+    best, values = best_value(losses), sorted(losses)
+    low = best == values[0]
+    added = sum(value < given[0] if low else value > given[-1] for value in values)
+    if not is_edge(losses) or isinstance(best, int) or added == EXTENSIONS:
+        return None
+    value = float(f"{best * best / values[1 if low else -2]:.12g}")  # 0.016, not 0.016000000000000004
+    with contextlib.suppress(UserError):
+        return getattr(Config(**{key: value}), key)
+
+
+def runs_with(chosen, key, grid):
+    """The Runs of a grid, read with more arguments, in which `key` has the value of their row, {row: value or None}."""
+    values = ",".join(str(value) for value in sorted(set(chosen.values()) - {None}))
+    runs = grid(f"--{key}={values}") if values else []
+    return [run for run in runs if run.tuned[key] == chosen[plot.label_of(run.case)]]
+
+
+def tune(key, given, runs, grid, train):
+    """Train the tuning runs, with the values `given`, and those of the grid that extend them. train(runs) returns {name
+    of a run: what is wrong with it}. Returns ({row: {value: losses over the tuning seeds}}, {name: …} of all). A run
+    that diverged has an infinite loss; UserError if one failed."""
+    tuning, wrong = {}, {}
+    while runs:
+        wrong |= train(runs)
+        for run in runs:
+            if not (result := outcome(run)):
+                raise UserError(f"no {key} can be chosen, since {run.out.name} {wrong[run.out.name]}: try again")
+            tuning.setdefault(plot.label_of(run.case), {}).setdefault(run.tuned[key], []).append(result["loss"])
+        runs = runs_with({name: beyond(key, losses, given) for name, losses in tuning.items()}, key, grid)
+    return tuning, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Results
 
 
-def mean(values):
-    """The mean of a list; None if it is empty, or lacks a value (None)."""
-    return statistics.fmean(values) if values and None not in values else None
-
-
-def interval_of(values):
-    """[low, high]: the 95 % confidence interval of the mean of some numbers by Student's t; None for fewer than two."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return [mean(values) + float(t) * error for t in stats.t.interval(0.95, df=len(values) - 1)]
-
-
 def summarize(runs):
-    """The rows of the table, one for each case with a finished run, as dicts of plain numbers. A difference is to the
-    first activation, all other keys alike (or to the first row, if there is one activation), and paired by seed: two
-    runs of a seed saw the same batches in the same order."""
+    """(rows, resolutions): a row of the table for each case with a finished run, as a dict of plain numbers, and for
+    each reference a sentence. The reference of a row is that of the first activation, all other keys alike, or the
+    first row, if there is one activation."""
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
-    cases = {plot.label_of(run.case): run for run in runs}
-    finished = {name: {} for name in cases}
+    change = {"activation": first["activation"]} if several else first
+    finished, groups = {}, {}
     for run in runs:
-        if result := outcome(run):
-            finished[plot.label_of(run.case)][run.config.seed] = result
-    rows = []
-    for name, run in cases.items():
-        results = finished[name]
-        if not results:
-            continue
-        losses = {seed: result["loss"] for seed, result in results.items()}
-        loss = mean(list(losses.values()))
-        reference = plot.label_of(run.case | {"activation": first["activation"]} if several else first)
-        compared = finished[reference] if name != reference else {}
-        paired = {seed: losses[seed] - compared[seed]["loss"] for seed in losses if seed in compared}
-        row = {
-            "name": name,
-            **run.case,
-            "parameters": run.parameters,
-            "flops_per_token": run.flops_per_token,
-            "seeds": list(losses),
-            "losses": list(losses.values()),
-            "loss": loss,
-            "loss_std": statistics.stdev(losses.values()) if len(losses) > 1 else None,
-            "perplexity": math.exp(min(loss, 700)),  # e^709 is the largest float
-            "bits_per_byte": mean([result["bits_per_byte"] for result in results.values()]),
-            "reference": reference,
-            "paired_seeds": list(paired),
-            "difference": mean(list(paired.values())),
-            "interval": interval_of(list(paired.values())),
-            "tokens_per_s": mean([result["tokens_per_s"] for result in results.values()]),
-        }
-        rows.append(row)
-    return rows
+        if (result := outcome(run)) and math.isfinite(result["loss"]):
+            finished.setdefault(plot.label_of(run.case), []).append((run, result))
+    rows = [summarize_row(*zip(*pairs), plot.label_of(pairs[0][0].case | change)) for pairs in finished.values()]
+    for row in rows:
+        groups.setdefault(row["reference"], []).append(row)
+    return rows, [resolution for group in groups.values() if (resolution := compare_rows(group))]
+
+
+def summarize_row(runs, results, reference):
+    """The row of finished runs, before it is compared with its reference."""
+    losses = [result["loss"] for result in results]
+    return {
+        "name": plot.label_of(runs[0].case),
+        **runs[0].case,
+        **runs[0].tuned,
+        "parameters": runs[0].parameters,
+        "flops_per_token": runs[0].flops_per_token,
+        "seeds": [run.config.seed for run in runs],
+        "losses": losses,
+        "loss": mean(losses),
+        "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+        "perplexity": math.exp(min(mean(losses), 700)),  # e^709 is the largest float
+        "bits_per_byte": mean([result["bits_per_byte"] for result in results]),
+        "reference": reference,
+        **dict.fromkeys(["difference", "interval", "paired_difference", "paired_interval"]),
+        "tokens_per_s": mean([result["tokens_per_s"] for result in results]),
+    }
+
+
+def compare_rows(rows):
+    """Fill in the differences of rows that share a reference to it, if it is one of them: of the means, with Dunnett's
+    intervals from the standard deviation pooled over these rows, and paired by seed. Returns in words how small a
+    difference they can show; None if there is no difference, or no row has two seeds."""
+    rows = sorted(rows, key=lambda row: row["name"] != row["reference"])
+    first, *others = rows
+    if first["name"] != first["reference"] or not others:
+        return None
+    sizes, (std, df) = tuple(len(row["losses"]) for row in rows), pooled([row["losses"] for row in rows])
+    losses = dict(zip(first["seeds"], first["losses"]))
+    for row, half in zip(others, half_widths(sizes, std) if df else itertools.repeat(None)):
+        paired = [loss - losses[seed] for seed, loss in zip(row["seeds"], row["losses"]) if seed in losses]
+        row["difference"] = difference = row["loss"] - first["loss"]
+        row["interval"] = [difference - half, difference + half] if df else None
+        row["paired_difference"], row["paired_interval"] = mean(paired), student_interval(paired)
+    return df and (
+        f"{len(rows)} rows, compared with {first['name']}: pooled standard deviation {std:.4f} nats, {df} degrees of "
+        f"freedom. These seeds find a difference of {smallest_difference(sizes, std):.4f} nats four times in five. For "
+        f"{TARGET} nats, that takes {seeds_for(TARGET, len(rows), std) or f'over {MOST_SEEDS}'} seeds per row."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is written
 
 
 def verdict(row):
@@ -286,32 +385,36 @@ def verdict(row):
     text = f"{row['name']} − {row['reference']}: {row['difference']:+.4f} nats per token"
     if row["interval"] is None:
         return f"{text} for one seed, so without an interval."
-    low, high = row["interval"]
-    text += f" over {len(row['paired_seeds'])} seeds, its 95 % interval [{low:+.4f}, {high:+.4f}]"
-    if low == high == 0:
+    if row["paired_interval"] == [0, 0]:
         return f"{text}: the losses are equal for every seed."
-    if low <= 0 <= high:
-        return f"{text} contains zero: the two are not told apart."
-    return f"{text} does not contain zero: its loss is {'lower' if high < 0 else 'higher'}."
+    low, high = row["interval"]
+    said = f"does not contain zero: its loss is {'lower' if high < 0 else 'higher'}"
+    said = "contains zero: the two are not told apart" if low <= 0 <= high else said
+    return f"{text}, whose interval [{low:+.4f}, {high:+.4f}] {said}."
 
 
-def table(rows):
-    """The rows as a table in Markdown, aligned for a terminal too."""
+def cell(form, *values):
+    """The values in this form; nothing if there are none."""
+    return "" if None in values else form.format(*values)
+
+
+def table(rows, key):
+    """The rows as a table in Markdown, aligned for a terminal too. `key` is what was tuned, or None."""
     lines = []
     for row in rows:
-        std = "" if row["loss_std"] is None else f" ± {row['loss_std']:.4f}"
-        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
-        interval = "" if row["interval"] is None else " [{:+.4f}, {:+.4f}]".format(*row["interval"])
+        either = [cell(" [{:+.4f}, {:+.4f}]", *(row[name] or [None])) for name in ("interval", "paired_interval")]
         line = {
             "activation": row["name"],
+            **({key: str(row[key])} if key else {}),
             "parameters": f"{row['parameters']:,}",
             "FLOPs/token": f"{row['flops_per_token']:,}",
             "seeds": f"{len(row['seeds'])}",
-            "val loss": f"{row['loss']:.4f}{std}",
+            "val loss": f"{row['loss']:.4f}" + cell(" ± {:.4f}", row["loss_std"]),
             "perplexity": f"{row['perplexity']:.3f}",
-            "bits/byte": "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
-            "difference [95 % interval]": difference + interval,
-            "tokens/s": "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}",
+            "bits/byte": cell("{:.4f}", row["bits_per_byte"]),
+            "difference [95 % interval]": cell("{:+.4f}", row["difference"]) + either[0],
+            "paired [95 % interval]": cell("{:+.4f}", row["paired_difference"]) + either[1],
+            "tokens_per_s": cell("{:,.0f}", row["tokens_per_s"]),
         }
         lines.append(list(line.values()))
     lines.insert(0, list(line))
@@ -321,39 +424,81 @@ def table(rows):
     return "".join(f"| {' | '.join(cells)} |\n" for cells in aligned)
 
 
-def report(rows, failed):
-    """The text of results.md: the table, and what its differences say."""
-    readings = [f"- {verdict(row)}\n" for row in rows if row["difference"] is not None]
-    readings += [f"- {name} is not in the table: {reason}.\n" for name, reason in failed.items()]
-    return (
-        f"{table(rows)}\n"
-        "Validation loss in nats per token, mean ± standard deviation over the seeds; perplexity and bits per byte\n"
-        "are those of the mean. Differences are paired by seed; their 95 % interval is Student's.\n\n"
-        + "".join(readings)
-    )
+def describe_tuning(name, losses, key):
+    """What was tried for a row, and what was chosen, in words."""
+    tried = ", ".join(f"{mean(losses[value]):.4f} at {value}" for value in sorted(losses))
+    edge = ", the edge of what was tried: a better value may lie beyond it" if is_edge(losses) else ""
+    return f"{name} was tuned to {key}={best_value(losses)}{edge}. Mean losses on the tuning seeds: {tried}."
 
 
-def write_results(rows, failed, out):
+def describe_data(folder):
+    """The folder, its tokenizer and its numbers of tokens, in words."""
+    meta = read_meta(folder)
+    counts = [f"{meta['splits'][split]['tokens']:,} tokens in {split}" for split in ("train", "val")] if meta else []
+    return "; ".join([folder, f"tokenizer {meta['tokenizer']}" if meta else "no meta.json", *counts])
+
+
+def describe_origin(runs, argv):
+    """[where the results come from], in words. Where runs differ in it, all is said."""
+    import scipy
+
+    abouts = [read_about(run.out) for run in runs if outcome(run)]
+    versions = [f"{name} {version}" for about in abouts for name, version in about.get("versions", {}).items()]
+    lists = {
+        "Data": [describe_data(run.config.data) for run in runs],
+        "Training": [f"{run.tokens:,} tokens per run" for run in runs],
+        "Commit": [about.get("commit") for about in abouts],
+        "Versions": [*versions, f"scipy {scipy.__version__}"],
+        "Device": [f"{about.get('device')} in {about['config']['dtype']}" for about in abouts],
+    }
+    texts = [f"{name}: {', '.join(dict.fromkeys(map(str, values)))}" for name, values in lists.items()]
+    return [f"Command: `{shlex.join(['python', '-m', 'tools.compare', *argv])}`", *texts]
+
+
+def report(results, figures=(), origin=()):
+    """The text of results.md: the table, what its differences say, the figures of these names, and the origin."""
+    key, rows = results["tuned"], results["rows"]
+    parts = [
+        [verdict(row) for row in rows if row["difference"] is not None] + results["resolutions"],
+        [f"{name} {wrong}." for name, wrong in results["failed"].items()],
+        [describe_tuning(name, losses, key) for name, losses in results["tuning"].items()],
+        origin,
+    ]
+    lists = ["".join(f"- {line}\n" for line in part) for part in parts if part]
+    shown = "".join(f"![{name}]({name})\n" for name in figures)
+    return "\n".join([table(rows, key), intervals.__doc__, *lists, shown])
+
+
+def write_results(results, text, out):
     """results.md, .json and .csv: the same for the same losses, wherever they were computed, but for the speed."""
-    (out / "results.md").write_text(report(rows, failed), "utf-8")
-    (out / "results.json").write_text(json.dumps({"rows": rows, "failed": failed}, indent=2) + "\n", "utf-8")
+    (out / "results.md").write_text(text, "utf-8")
+    plain = json.loads(json.dumps(results), parse_constant=str)  # JSON has no number for ∞
+    (out / "results.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(results["rows"][0]))
         writer.writeheader()
-        for row in rows:
+        for row in results["rows"]:
             writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
 
 
-def draw_figures(rows, out):
-    """loss.png of the runs that finished, and scalars-NAME.png of each row whose activation has trained scalars."""
-    folders = {row["name"]: [out / file_name(f"{row['name']} seed={seed}") for seed in row["seeds"]] for row in rows}
-    try:
-        plot.draw_loss(itertools.chain(*folders.values()), out / "loss.png")
-    except UserError as error:
-        print(f"note: there is no figure loss.png: {error}")
-    for name in folders:
-        with contextlib.suppress(UserError):  # an activation without trained scalars has no such figure
-            plot.draw_scalars(folders[name], out / file_name(f"scalars-{name}.png"))
+def draw_figures(runs, tuning, key, out):
+    """Draw loss.png of the runs that finished, scalars-NAME.png of each row whose activation has trained scalars, and
+    tune.png of what was tuned; returns the names of those that could be drawn."""
+    folders = {}
+    for run in runs:
+        if (result := outcome(run)) and math.isfinite(result["loss"]):
+            folders.setdefault(plot.label_of(run.case), []).append(run.out)
+    figures = {"loss.png": partial(plot.draw_loss, [folder for group in folders.values() for folder in group])}
+    figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in folders.items()}
+    figures |= {"tune.png": partial(plot.draw_tuning, tuning, key)} if tuning else {}
+    for name, draw in list(figures.items()):
+        try:
+            draw(out / name)
+        except UserError as error:
+            del figures[name]
+            if name == "loss.png":  # of the others, some activations have no trained scalars
+                print(f"note: there is no figure loss.png: {error}")
+    return list(figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -367,18 +512,28 @@ def compare(argv):
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--unmatched", action="store_true")
     parser.add_argument("--nproc_per_node", type=whole_number, default=1)
+    parser.add_argument("--tune")
+    parser.add_argument("--tune_seeds", default="101")
     options, others = parser.parse_known_args(argv)
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
     out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
-    runs = read_grid(others, out, world)
-    differ = print_grid(runs)
-    if differ > MATCHED and not options.unmatched:
-        raise UserError(
-            f"the parameters of these runs differ by {differ:.2%}, more than {MATCHED:.1%}: add --unmatched to allow it"
-        )
+    plan = read_grid(others, out, world)
+    key, tuned, tuning, failed = None, [], {}, {}
+    if options.tune:
+        key, values = read_tune(options.tune, others)
+        tune_argv = [f"--{key}={','.join(map(str, values))}", f"--seed={options.tune_seeds}"]
+        tuned = read_grid([*others, *tune_argv], out, world, key)
+        if seeds := {run.config.seed for run in plan} & {run.config.seed for run in tuned}:
+            raise UserError(
+                f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning"
+            )
+        print_grid(tuned)
+        print(f"then, each with its best {key}:")
+    print_grid(plan)
+    check_matched(tuned or plan, options.unmatched)
     if options.dry_run:
         return 0
-    for config in {(run.config.data, run.config.device): run.config for run in runs}.values():
+    for config in {(run.config.data, run.config.device): run.config for run in plan}.values():
         pick_device(config.device)
         open_data(config, {}, print)
     try:
@@ -387,18 +542,28 @@ def compare(argv):
         print(f"another comparison writes to {out}: waiting until it ends", flush=True)
         lock = lock_folder(out, wait=True)
     with lock:
-        runs = share_dtype(runs)
-        for run in runs:
-            check_folder(run)
-        failed = run_all(runs, world, lock)
-        rows = summarize(runs)
+        train = partial(run_all, world=world, lock=lock, start=time.monotonic())
+        others = share_dtype(tuned or plan, others)
+        runs = plan = read_grid(others, out, world)
+        if key:
+
+            def grid(*arguments):
+                return read_grid([*others, *arguments], out, world, key)
+
+            tuning, failed = tune(
+                key, values, grid(*tune_argv), partial(grid, tune_argv[1]), partial(train, later=plan)
+            )
+            runs = runs_with({name: best_value(losses) for name, losses in tuning.items()}, key, grid)
+        failed |= (wrong := train(runs))
+        rows, resolutions = summarize(runs)
         if not rows:
-            raise UserError(f"none of the runs finished; of the first, {next(iter(failed.values()))}")
-        write_results(rows, failed, out)
-        print("\n" + report(rows, failed))
-        draw_figures(rows, out)
+            raise UserError(f"none of the runs finished; the first {next(iter(failed.values()))}")
+        results = {"rows": rows, "resolutions": resolutions, "failed": failed, "tuned": key, "tuning": tuning}
+        text = report(results, draw_figures(runs, tuning, key, out), describe_origin(runs, argv))
+        write_results(results, text, out)
+        print("\n" + text)
         print(f"results: {out}/results.md, .json, .csv and the figures")
-    return 1 if failed else 0
+    return 1 if wrong else 0
 
 
 def main(argv):

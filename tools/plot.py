@@ -142,6 +142,34 @@ def draw_differences(axis, groups):
     axis.set(ylim=(min(late) - margin, max(late) + margin), ylabel=f"difference to {first}, same seed (nats)")
 
 
+def draw_tuning(tuning, key, path):
+    """Validation loss against the values of a tuned key: a line for each of {row: {value: losses over the seeds}}, with
+    a ring around its lowest mean. Where a run diverged, there is a cross at the upper edge instead."""
+    figure, [[axis]] = new_figure(1, 1, 8, 4.5)
+    shown = []
+    for number, (label, losses) in enumerate(tuning.items()):
+        style, values = line_style(number), np.array(sorted(losses))
+        lines = np.array([losses[value] for value in values]).T  # (seeds, values)
+        diverged = ~np.isfinite(lines.sum(axis=0))
+        lines[:, diverged] = math.nan
+        draw_band(axis, values, lines, label, **style)
+        means = lines.mean(axis=0)
+        best = np.where(diverged, math.inf, means).argmin()
+        axis.plot(values[best], means[best], "o", markersize=11, fillstyle="none", color=style["color"])
+        for value in values[diverged]:
+            axis.plot(value, 0.98 - 0.04 * number, "x", color=style["color"], transform=axis.get_xaxis_transform())
+        shown.extend(means[~diverged])
+    if shown:  # a run that nearly diverged would flatten the rest: its line leaves the figure at the upper edge
+        height = min(max(shown) - min(shown), 4 * (np.median(shown) - min(shown))) or 1e-3
+        axis.set_ylim(min(shown) - 0.1 * height, min(shown) + 1.1 * height)
+    values = sorted(set().union(*tuning.values()))
+    axis.set(xscale="log", xlabel=f"{key} (ring: chosen, cross: diverged)", ylabel="validation loss (nats per token)")
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
+
+
 def draw_scalars(folders, path):
     """The trained scalars of an activation: against tokens, one line per layer, and at the end by layer."""
     groups = read_groups(folders)
