@@ -41,6 +41,7 @@ class ModelConfig:
     seq_len: int = key(256, "tokens per sequence", low=1)
     rope_theta: float = key(500000.0, "base of the rotary frequencies", low=1)
     norm_eps: float = key(1e-6, "epsilon of RMSNorm", low=0)
+    qk_norm: bool = key(False, "RMSNorm on each head's queries and keys, before they are rotated")
     tie_embeddings: bool = key(True, "one matrix for embedding and output head")
     init_std: float = key(0.025, "standard deviation of the initial weights", low=0)
 

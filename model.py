@@ -86,11 +86,15 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.v_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.o_proj = Linear(config.n_heads * self.head_dim, config.dim)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def qkv(self, x, cos, sin):
         """q (B, heads, T, D) and k, v (B, kv heads, T, D) of x (B, T, C); q and k rotated to their positions. They are
         rotated before they are transposed: in memory's own order, which saves a GPU three copies per layer."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos[:, None], sin[:, None]  # the same angles for every head
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
