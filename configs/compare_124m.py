@@ -5,7 +5,7 @@ python prepare_data.py fineweb-edu --tokenizer=gpt2 --tokens=2.6e9 --val_tokens=
 python -m tools.compare configs/compare_124m.py --activation=xielu,relu2,swiglu --tune=lr=5e-4,1e-3,2e-3,4e-3 --seed=1,2,3
 
 A run costs what  python -m tools.bench plan configs/compare_124m.py --gpus=1  says; these are 21 runs or a few more.
-"""
+"""  # noqa: E501
 
 from configs.xielu_124m import *  # noqa: F403
 
