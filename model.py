@@ -202,8 +202,8 @@ class Llama(nn.Module):
         return total / (targets != IGNORE).sum() if reduction == "mean" else total
 
     def compile_parts(self):
-        """Compile each layer, the last norm and the loss of a chunk, in place. The layers share one compilation (24 take
-        as long as one), state-dict names stay as they are, DDP can send one layer's gradients while the next layer
+        """Compile each layer, the last norm and the loss of a chunk, in place. The layers share one compilation (24
+        take as long as one), state-dict names stay as they are, DDP can send one layer's gradients while the next layer
         computes, and no more than one chunk of logits is ever held."""
         # On a GPU, Inductor would otherwise write part of xIELU's backward pass to memory and read it back; at 200
         # operations it is one kernel (docs/speed.md).
