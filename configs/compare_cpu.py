@@ -1,9 +1,13 @@
 """The comparison for a laptop's CPU, about two minutes per run on two cores. Its data, one of two:
 
 python prepare_data.py fineweb-edu --tokenizer=bytes --tokens=4e7 --out=data/english
-apt-get download dict-gcide && dpkg -x dict-gcide_*.deb gcide && python prepare_data.py gcide/usr/share/dictd/gcide.dict.dz --documents=paragraphs --tokenizer=bytes --out=data/english
 
-The first needs a network, the second only Debian's packages; ours is measured on the second. Then
+or, if you have no network but Debian's packages (ours is measured on this one):
+
+apt-get download dict-gcide && dpkg -x dict-gcide_*.deb gcide
+python prepare_data.py gcide/usr/share/dictd/gcide.dict.dz --documents=paragraphs --tokenizer=bytes --out=data/english
+
+Then
 
 python -m tools.compare configs/compare_cpu.py --activation=xielu,relu2,swiglu,gelu,leaky_relu2 --tune=lr=1e-3,2e-3,4e-3,8e-3 --seed=1,2,3,4,5
 """  # noqa: E501

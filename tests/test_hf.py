@@ -26,15 +26,18 @@ TEXT = "def f(x):\n    return  x**2 # größe, naïve — 漢字 🙂\r\n\t'don'
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """A function that trains a little with an activation and returns the run's folder."""
+    """A function that trains a little with an activation, with or without qk_norm, and returns the run's folder."""
     folder = tmp_path_factory.mktemp("hf")
     (folder / "tiny.py").write_text(TINY + f'n_kv_heads = 1\ndata = "{corpus}"\n')
 
-    def trained(activation):
-        out = folder / activation
+    def trained(activation, qk_norm=False):
+        out = folder / f"{activation}-{qk_norm}"
         if not out.exists():
             tied = activation.startswith("xielu") or activation == "swiglu"
-            here(folder / "tiny.py", f"--activation={activation}", f"--tie_embeddings={tied}", f"--out={out}")
+            keys = [f"--activation={activation}", f"--qk_norm={qk_norm}", f"--tie_embeddings={tied}"]
+            # weights so large that a mistake in one shows in the logits, and that a greedy text is not all spaces
+            keys += ["--init_std=0.3"] if tied else []
+            here(folder / "tiny.py", *keys, f"--out={out}")
         return out
 
     return trained
@@ -45,8 +48,8 @@ def exported(runs, tmp_path_factory):
     """A function that exports such a run and returns its folder and that of transformers."""
     parent = tmp_path_factory.mktemp("exported")
 
-    def export(activation):
-        out, folder = runs(activation), parent / activation
+    def export(activation, qk_norm=False):
+        out, folder = runs(activation, qk_norm), parent / f"{activation}-{qk_norm}"
         if not folder.exists():
             assert hf.main(["export", str(out), str(folder)]) == 0
         return out, folder
@@ -65,16 +68,21 @@ def all_digits(model, folder):
     return model
 
 
-@pytest.mark.parametrize("activation", hf.CLASSES)
-def test_logits(exported, activation):
-    out, folder = exported(activation)
+def name_of_class(activation, qk_norm):
+    if activation in ("swiglu", "geglu"):
+        return "LlamaForCausalLM"
+    return "ApertusForCausalLM" if qk_norm else "ArceeForCausalLM"
+
+
+@pytest.mark.parametrize("activation, qk_norm", hf.CLASSES)
+def test_logits(exported, activation, qk_norm):
+    out, folder = exported(activation, qk_norm)
     ours = load(out)
     tokens = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(0))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    expected = "LlamaForCausalLM" if activation in ("swiglu", "geglu") else "ArceeForCausalLM"
-    assert type(theirs).__name__ == expected and theirs.dtype == torch.float32
+    assert type(theirs).__name__ == name_of_class(activation, qk_norm) and theirs.dtype == torch.float32
     with torch.inference_mode():
-        if activation.startswith("xielu"):
+        if name_of_class(activation, qk_norm) == "ArceeForCausalLM" and activation.startswith("xielu"):
             # transformers has rounded the scalars to bf16: so it is our model with scalars rounded to bf16 ...
             rounded = copy.deepcopy(ours)
             for scalar in rounded.activation_scalars():
@@ -84,11 +92,12 @@ def test_logits(exported, activation):
         assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
 
 
-def test_xielu_near_zero(exported):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_xielu_near_zero(exported, qk_norm):
     """The buffers that the file must have, and what they give at 0: our value and gradient."""
-    out, folder = exported("xielu")
+    out, folder = exported("xielu", qk_norm)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    act_fn = all_digits(theirs, folder).model.layers[1].mlp.act_fn
+    act_fn = (theirs if qk_norm else all_digits(theirs, folder)).model.layers[1].mlp.act_fn
     ours = load(out).layers[1].mlp.act_fn
     assert act_fn.beta == 0.5 and act_fn.eps == 0 and act_fn.alpha_p.dtype == torch.float32
     assert torch.equal(act_fn.alpha_p, ours.raw_alpha_p) and torch.equal(act_fn.alpha_n, ours.raw_alpha_n)
@@ -100,9 +109,9 @@ def test_xielu_near_zero(exported):
     assert torch.allclose(gradient, expected, atol=1e-5) and torch.allclose(act_fn(x), ours(x), rtol=1e-3, atol=1e-8)
 
 
-@pytest.mark.parametrize("activation", ["xielu", "swiglu"])
-def test_import_is_exact(exported, tmp_path, activation):
-    out, folder = exported(activation)
+@pytest.mark.parametrize("activation, qk_norm", [("xielu", False), ("xielu", True), ("swiglu", False)])
+def test_import_is_exact(exported, tmp_path, activation, qk_norm):
+    out, folder = exported(activation, qk_norm)
     assert hf.main(["import", str(folder), str(tmp_path / "back")]) == 0
     ours, config, tokenizer = sample.load_run(out, "cpu", torch.float32)
     again, config_again, tokenizer_again = sample.load_run(tmp_path / "back", "cpu", torch.float32)
@@ -111,15 +120,18 @@ def test_import_is_exact(exported, tmp_path, activation):
     torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
-def test_an_imported_run_continues(exported, tmp_path, corpus):
-    (out, folder), back = exported("relu2"), tmp_path / "back"
+@pytest.mark.parametrize("activation, qk_norm", [("relu2", False), ("xielu", True)])
+def test_an_imported_run_continues(exported, tmp_path, corpus, activation, qk_norm):
+    """From where the other one ended, and in its own folder, even if that was moved."""
+    (out, folder), back = exported(activation, qk_norm), tmp_path / "back"
     keys = [f"--data={corpus}", "--tokens_per_step=256", "--micro_batch_size=4", "--eval_tokens=1000", "--max_steps=5"]
     keys += ["--warmup_steps=0", "--decay_steps=0", "--log_every=1"]
     keys += ["--compile=False", "--device=cpu", "--dtype=float32"]
     assert hf.main(["import", str(folder), str(back), *keys]) == 0
-    here(back / "config.py", "--resume")
-    assert log(back)[0]["loss"] == pytest.approx(log(out)[-1]["loss"], abs=1e-5)  # where the other one ended
-    assert log(back)[-1]["step"] == 5
+    moved = back.rename(tmp_path / "moved")
+    here(moved / "config.py", "--resume")
+    assert log(moved)[0]["loss"] == pytest.approx(log(out)[-1]["loss"], abs=1e-5)
+    assert log(moved)[-1]["step"] == 5 and not back.exists()
 
 
 def any_encoding(name):
@@ -145,14 +157,44 @@ def test_tokenizer(name, tmp_path):
     assert theirs.eos_token_id == encoding.eot_token and len(theirs) <= encoding.n_vocab
 
 
-def test_generate(exported):
+def greedy(out, prompt):
+    """20 tokens of our greedy sample after a prompt, a list of tokens."""
+    return list(sample.generate(load(out), prompt, 20, 0, 0, None))
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_generate(exported, qk_norm):
     """transformers' greedy generate says what our greedy sample says."""
-    out, folder = exported("xielu")
+    out, folder = exported("xielu", qk_norm)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).float()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    prompt = torch.tensor([[256, *tokenizer("def ")["input_ids"]]])
-    theirs = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :].tolist()
-    assert len(theirs) == 20 and theirs == list(sample.generate(load(out), prompt[0].tolist(), 20, 0, 0, None))
+    prompt = [256, *tokenizer("def ")["input_ids"]]
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt) :].tolist()
+    assert len(theirs) == 20 and len(set(theirs)) > 2 and theirs == greedy(out, prompt)
+
+
+def test_mlx(exported):
+    """mlx-lm runs an Apertus folder: its logits and its greedy tokens are ours. (pip install 'mlx[cpu]' mlx-lm)"""
+    mx, mlx_lm = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm")
+    from mlx_lm.generate import generate_step
+
+    out, folder = exported("xielu", qk_norm=True)
+    model, _ = mlx_lm.load(str(folder))
+    tokens = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = torch.tensor(model(mx.array(tokens.tolist())).tolist())
+        assert torch.allclose(logits, load(out)(tokens), atol=1e-4)
+    written = [int(token) for token, _ in generate_step(mx.array([256, *b"def "]), model, max_tokens=20)]
+    assert written == greedy(out, [256, *b"def "])
+
+
+@pytest.mark.parametrize("qk_norm, runs_in", [(False, "transformers alone"), (True, "vLLM, SGLang, llama")])
+def test_where_it_runs(runs, tmp_path, capsys, qk_norm, runs_in):
+    assert hf.main(["export", str(runs("xielu", qk_norm)), str(tmp_path / "new")]) == 0
+    note, _ = capsys.readouterr().out.splitlines()
+    assert runs_in in note
+    # llama.cpp refuses an Apertus model without a head of its own, even a tied one
+    assert ("lm_head.weight" in safetensors.load_file(tmp_path / "new" / "model.safetensors")) == qk_norm
 
 
 @pytest.mark.parametrize(
@@ -162,7 +204,8 @@ def test_generate(exported):
         ("exports RUN NEW", "invalid choice: 'exports'"),
         ("export RUN NEW --dtype=float16", "the only option of export is --tokenizer=NAME"),
         ("export NOTHING NEW", "has no ckpt.pt"),
-        ("export XSILU NEW", "no class for xsilu: it has swiglu, geglu, xielu"),
+        ("export XSILU NEW", "no class of transformers for xsilu, only for swiglu, geglu, xielu"),
+        ("export RELU2 NEW", "no class of transformers for relu2 with qk_norm, only for xielu, xielu_reference"),
         ("export RUN FOLDER", "is not empty"),
         ("export RUN NEW --tokenizer", "give options as --KEY=VALUE, not --tokenizer"),
         ("export RUN NEW --tokenizer=gpt2", "more than the run's vocab_size"),
@@ -180,6 +223,7 @@ def test_mistakes(runs, exported, tmp_path, capsys, monkeypatch, argv, message):
     nothing.mkdir()
     places = {"RUN": run, "FOLDER": folder, "NOTHING": nothing, "NEW": tmp_path / "new"}
     places |= {"XSILU": runs("xsilu")} if "XSILU" in argv else {}
+    places |= {"RELU2": runs("relu2", qk_norm=True)} if "RELU2" in argv else {}
     check_mistake([str(places.get(word, word)) for word in argv.split()], message, capsys)
     assert not (tmp_path / "new").exists()
 

@@ -1,14 +1,15 @@
 """A run for Hugging Face's transformers, and back:
 
     python -m tools.hf export out/NAME FOLDER      a folder that AutoModelForCausalLM and AutoTokenizer load, offline
-    python -m tools.hf import FOLDER out/NAME      a Llama or Arcee folder as a run, to sample from or to train further
+    python -m tools.hf import FOLDER out/NAME      a Llama, Arcee or Apertus folder as a run, to sample or train further
 
 Both need  pip install transformers.  --tokenizer=NAME tells export which tokenizer made the run's data, if its
 meta.json does not. import takes --KEY=VALUE of train.py, such as --data, and writes out/NAME/config.py, with which
 training continues: python train.py out/NAME/config.py --resume
 
-transformers keeps the two scalars of xIELU in bf16, whatever dtype is asked for: three digits. The file holds them in
-float32, and
+A run with xIELU and qk_norm becomes an Apertus model, which more engines than transformers know. Without qk_norm it
+becomes an Arcee model, whose scalars transformers keeps in bf16, whatever dtype is asked for: three digits. The file
+holds them in float32, and
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER).float()
     model.load_state_dict(safetensors.torch.load_file(f"{FOLDER}/model.safetensors"), strict=False)
@@ -35,17 +36,28 @@ from tools.sample import imported_tokenizer, load_run, own_encoding
 # ---------------------------------------------------------------------------------------------------------------
 # The config
 
-# The model_type and hidden_act of what transformers has a class for, by our name; in reverse, the first counts
+# The model_type and hidden_act of what transformers has a class for, by our activation and qk_norm; in reverse, the
+# first counts
 CLASSES = {
-    "swiglu": ("llama", "silu"),
-    "geglu": ("llama", "gelu"),
-    "xielu": ("arcee", "xielu"),
-    "xielu_reference": ("arcee", "xielu"),
-    "xielu_inverted": ("arcee", "xielu"),
-    "relu2": ("arcee", "relu2"),
-    "gelu": ("arcee", "gelu"),
-    "silu": ("arcee", "silu"),
-    "relu": ("arcee", "relu"),
+    ("swiglu", False): ("llama", "silu"),
+    ("geglu", False): ("llama", "gelu"),
+    ("xielu", False): ("arcee", "xielu"),
+    ("xielu_reference", False): ("arcee", "xielu"),
+    ("xielu_inverted", False): ("arcee", "xielu"),
+    ("relu2", False): ("arcee", "relu2"),
+    ("gelu", False): ("arcee", "gelu"),
+    ("silu", False): ("arcee", "silu"),
+    ("relu", False): ("arcee", "relu"),
+    ("xielu", True): ("apertus", "xielu"),
+    ("xielu_reference", True): ("apertus", "xielu"),
+    ("xielu_inverted", True): ("apertus", "xielu"),
+}
+
+# Where a model with xIELU runs, by its model_type
+RUNS_IN = {
+    "apertus": "transformers, vLLM, SGLang, llama.cpp and mlx-lm run it",
+    "arcee": "transformers alone runs it, with scalars in bf16 (see python -m tools.hf --help); vLLM and llama.cpp "
+    "refuse it. With qk_norm=True it would be an Apertus model, which runs in all of them",
 }
 
 # Keys that differ only in their name: ours, and that of transformers
@@ -67,12 +79,18 @@ KEYS = {
 def hf_config(config, end_of_text, tokenizer):
     """config.json of transformers, as a dict, for a ModelConfig. end_of_text: the token that delimits documents.
     tokenizer: our name of the tokenizer, by which `import` knows it, or None."""
-    model_type, hidden_act = CLASSES[config.activation]
+    model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
     return {
         **{theirs: getattr(config, ours) for ours, theirs in KEYS.items()},
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
         "hidden_act": hidden_act,
+        # without the first in transformers 5, the second in 4, an Apertus model would get Llama 3's scaling
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_scaling": None,
+        # mlx-lm refuses an Apertus model without these
+        "qk_norm": config.qk_norm,
+        **dict.fromkeys(("post_norm", "attention_bias", "mlp_bias"), False),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text),
         "dtype": "float32",
         "nanoxielu_tokenizer": tokenizer,
@@ -99,7 +117,7 @@ def our_config(folder):
     if hf.get("rope_type", "default") != "default":
         raise UserError(f"rotary positions of type {hf['rope_type']} are not those of this code")
     values = {ours: hf[theirs] for ours, theirs in KEYS.items()}
-    values["activation"] = next(ours for ours in CLASSES if CLASSES[ours] == theirs)
+    values["activation"], values["qk_norm"] = next(ours for ours in CLASSES if CLASSES[ours] == theirs)
     width = values.pop("mlp_dim")
     values["ffn_dim"] = width * 3 // 2 if model_type == "llama" else width
     try:
@@ -111,16 +129,25 @@ def our_config(folder):
 # ---------------------------------------------------------------------------------------------------------------
 # The weights
 
+# Parts of the names of tensors that differ: ours, and that of transformers
+NAMES = {".raw_alpha": ".alpha"}  # their alpha is the raw scalar
+APERTUS_NAMES = {".input_layernorm": ".attention_layernorm", ".post_attention_layernorm": ".feedforward_layernorm"}
+
 
 def to_hf(state, config):
     """Our state dict with transformers' names. Its xIELU reads two more tensors: without them it would compute with
     β = 0. With eps = 0 its value and gradient at 0 are ours."""
-    # their alpha is the raw scalar
-    tensors = {f"model.{name.replace('raw_alpha', 'alpha')}": tensor for name, tensor in state.items()}
+    model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
+    tensors = {}
+    for name, tensor in state.items():
+        for ours, theirs in (NAMES | (APERTUS_NAMES if model_type == "apertus" else {})).items():
+            name = name.replace(ours, theirs)
+        tensors[f"model.{name}"] = tensor
     head = tensors.pop("model.lm_head.weight")
-    if not config.tie_embeddings:
-        tensors["lm_head.weight"] = head
-    if CLASSES[config.activation][1] == "xielu":
+    # a tied head too: llama.cpp refuses an Apertus model without one, and the others skip it
+    if not config.tie_embeddings or model_type == "apertus":
+        tensors["lm_head.weight"] = head.clone()  # safetensors refuses one tensor under two names
+    if hidden_act == "xielu":
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.mlp.act_fn.beta"] = torch.tensor(0.5)
             tensors[f"model.layers.{layer}.mlp.act_fn.eps"] = torch.tensor(0.0)
@@ -151,8 +178,10 @@ def from_hf(tensors, config):
         if name.endswith("act_fn.beta") and tensor.float().item() != 0.5:
             raise UserError(f"{name} is {tensor.item()}, and this code's β is 0.5")
         if not name.endswith(("act_fn.beta", "act_fn.eps", "rotary_emb.inv_freq")):
-            ours = name.removeprefix("model.").replace("act_fn.alpha", "act_fn.raw_alpha")
-            state[ours] = tensor.float()
+            name = name.removeprefix("model.")
+            for ours, theirs in (NAMES | APERTUS_NAMES).items():
+                name = name.replace(theirs, ours)
+            state[name] = tensor.float()
     if config.tie_embeddings and "embed_tokens.weight" in state:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     with torch.device("meta"):
@@ -222,8 +251,10 @@ def export_run(out, folder, tokenizer=None):
     from safetensors.torch import save_file
 
     model, config, known = load_run(out, "cpu", torch.float32)
-    if config.activation not in CLASSES:
-        raise UserError(f"transformers has no class for {config.activation}: it has {', '.join(CLASSES)}")
+    if (config.activation, config.qk_norm) not in CLASSES:
+        having = " with qk_norm" if config.qk_norm else ""
+        fits = ", ".join(activation for activation, qk_norm in CLASSES if qk_norm == config.qk_norm)
+        raise UserError(f"tools.hf has no class of transformers for {config.activation}{having}, only for {fits}")
     name = tokenizer or known
     encoding = own_encoding(name, config) if name else None
     end_of_text = encoding.eot_token if name else imported_tokenizer(out)[1]
@@ -232,10 +263,11 @@ def export_run(out, folder, tokenizer=None):
         write_tokenizer(folder, encoding, config.seq_len)
     else:
         copy_tokenizer(out, folder)
-    write_json(folder / "config.json", hf_config(config, end_of_text, name))
+    written = hf_config(config, end_of_text, name)
+    write_json(folder / "config.json", written)
     save_file(to_hf(model.state_dict(), config), folder / "model.safetensors", metadata={"format": "pt"})
-    if CLASSES[config.activation][1] == "xielu":
-        print("note: transformers rounds xIELU's scalars to bf16; to load all digits, see python -m tools.hf --help")
+    if written["hidden_act"] == "xielu":
+        print(f"note: this is an {written['model_type'].capitalize()} model: {RUNS_IN[written['model_type']]}")
 
 
 def import_folder(folder, out, options):
@@ -263,7 +295,9 @@ def import_folder(folder, out, options):
         "data": {"tokenizer": tokenizer} if tokenizer else {},
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()), "utf-8")
+    lines = [f"{name} = {value!r}\n" for name, value in values.items() if name != "out"]
+    lines = ["from pathlib import Path\n\n", *lines, "out = str(Path(__file__).parent)\n"]  # so the folder may move
+    (out / "config.py").write_text("".join(lines), "utf-8")
     copy_tokenizer(folder, out)
     save_checkpoint(out, checkpoint)
 
