@@ -193,6 +193,8 @@ class Corpus:
     def read(self, shard, start, count):
         """Tokens start … start + count − 1 of a shard: (count,) int64. UserError if one is not below vocab_size."""
         tokens = shard.read(start, count)
+        if len(tokens) < count:  # numpy says nothing if a file ends early or a disk fails
+            raise UserError(f"{shard.path} cannot be read to its end: it is damaged, or its disk fails")
         largest = tokens.max(initial=0)
         if largest >= self.vocab_size:
             raise UserError(f"{shard.path} holds token {largest}, beyond vocab_size={self.vocab_size}: {SMALLER_IDS}")

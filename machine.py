@@ -54,7 +54,7 @@ def pick_dtype(name, device, tell=lambda text: None):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        dtype, reason = gathered(faster_dtype())[0]  # those of the first process
+        dtype, reason = gathered(faster_dtype())[0]  # the first process decides
     elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype, reason = torch.bfloat16, "this GPU computes in it natively"
     else:
@@ -187,7 +187,8 @@ def summed(values, device, error=None):
         dist.all_reduce(total)
     *total, failed = total.tolist()
     if failed:
-        raise UserError(next(message for message in gathered(error and str(error)) if message))
+        messages = gathered(error and (str(error) or type(error).__name__))
+        raise UserError(next(message for message in messages if message))
     return total
 
 

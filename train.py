@@ -191,7 +191,7 @@ def build(config, state, device, dtype):
     optimizers = make_optimizers(model, config)
     if "model" in state:
         model.load_state_dict(state.pop("model"))
-        for optimizer, saved in zip(optimizers, state.pop("optimizers")):
+        for optimizer, saved in zip(optimizers, state.pop("optimizers")):  # an imported model has none
             groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         say(f"resuming {config.out} at step {state['step']}")

@@ -15,7 +15,7 @@ python -m tools.compare configs/compare_cpu.py --activation=xielu,relu2,swiglu,g
 data = "data/english"
 vocab_size = 257  # 256 bytes and the delimiter between documents
 
-# chosen among three shapes because two activations differed most there, in units of the noise between seeds
+# chosen among three shapes on two seeds each, which were too few: see docs/compare.md
 dim = 128
 n_layers = 4
 n_heads = 2

@@ -163,6 +163,14 @@ def test_tokens_beyond_the_vocabulary(folder):
         Corpus(folder, "train", 8, 10).batch(0, 0, 19)
 
 
+def test_a_shard_that_ends_early_is_named(folder):
+    corpus = Corpus(folder, "train", 8, 1000)
+    path = corpus.shards[0].path
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        corpus.batch(0, 0, 19)
+
+
 @pytest.mark.parametrize("max_tokens", [10**6, 49, 48, 40, 17, 3])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_covers_its_tokens_once(folder, max_tokens, world):

@@ -86,7 +86,7 @@ def test_mistakes_get_one_line_and_leave_nothing(config, tmp_path, monkeypatch, 
         arguments = [option.format(tmp=tmp_path)] if option else []
         assert re.search(message, error(capsys, config, *arguments)[:-1])
     assert "give one config file" in error(capsys)
-    assert "no config nowhere.py: there are configs/compare_cpu.py, configs/demo.py" in error(capsys, "nowhere.py")
+    assert "no config nowhere.py: there are configs/compare_124m.py" in error(capsys, "nowhere.py")
     assert "there is no data folder data/fineweb-edu-tekken" in error(capsys, ROOT / "configs/xielu_1b.py")
     assert list(tmp_path.iterdir()) == [config]
 

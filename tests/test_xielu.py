@@ -1,5 +1,7 @@
-"""xielu.py and inverted.py against float64 closed forms, in each dtype and wherever the arithmetic could break."""
+"""xielu.py and inverted.py against float64 closed forms, in each dtype and wherever the arithmetic could break; the
+closed forms against xielu_vectors.json."""
 
+import json
 import math
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from xielu import XIELU, raw_parameter, xielu_fused, xielu_reference
 
 VERSIONS = {"reference": xielu_reference, "fused": xielu_fused}
 ALL_VERSIONS = VERSIONS | {"inverted": xielu_inverted}  # the inverted one's gradients are not as exact: see below
-START = math.log(math.expm1(0.8)), math.log(math.expm1(0.8 - 0.5))  # the raw scalars of XIELU()
+CASES = json.loads((ROOT / "xielu_vectors.json").read_text("utf-8"))["cases"]
+START = CASES[0]["raw_p"], CASES[0]["raw_n"]  # the raw scalars of XIELU()
 # of f and f′ in terms of their terms, and of the scalars' gradients
 TOLERANCE = {torch.float64: (1e-15, 1e-12), torch.float32: (1e-6, 1e-5), torch.bfloat16: (4e-3, 1e-3)}
 SMALL = torch.logspace(-12, -3, 4000)
@@ -75,6 +78,14 @@ def check(function, x, raw=START, beta=0.5):
     close(grad_x, [weights * term for term in slope], tolerance)
     for total, partial in zip(grads, by_raw):
         assert total.item() == pytest.approx((weights * partial).sum(), rel=tolerance_of_sums, abs=1e-37)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_closed_form_is_that_of_the_vectors(case):
+    x, *expected = torch.tensor(case["rows"], dtype=torch.float64).T
+    value, slope, by_p, by_n = closed_form(x, case["raw_p"], case["raw_n"])
+    for result, terms in zip(expected, (value, slope, [by_p], [by_n])):
+        close(result, terms, 1e-15)
 
 
 @pytest.mark.parametrize("raw", [START, (-3.0, -4.0), (40.0, 100.0)])
