@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import zipfile
 from pathlib import Path
 
@@ -76,6 +77,13 @@ def read_log(path, step=math.inf):
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return records
+
+
+def median_speed(records):
+    """The median tokens per second of a log, without the first step, which compiles; None if there is no other. The
+    median, because the machine may have been busy with something else for a while."""
+    speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
+    return statistics.median(speeds) if speeds else None
 
 
 def read_about(out):

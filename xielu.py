@@ -197,7 +197,7 @@ def fused(value_of, partials_of):
     returns f(x), partials_of returns f′(x) and ∂f/∂α for each alpha.
 
     Returns apply(x, *alphas, fixed=()) → f(x), of any shape, differentiable once. alphas: effective scalars, tensors of
-    shape (), through which autograd goes on to the raw ones; fixed: numbers.
+    shape (), through which gradients reach the raw ones; fixed: numbers.
     """
 
     def forward_pass(x, *scalars):

@@ -128,7 +128,7 @@ PLAIN = {"step": 3, "seconds": 1.5, "loss_average": 2.5, "config": {"dim": 3}, "
 PLAIN |= {"version": VERSION}
 MODEL = {"weight": torch.arange(400, dtype=torch.float32)}
 OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}
-torch.save(PLAIN | {"model": MODEL, "optimizer": OPTIMIZER}, WHOLE := io.BytesIO())
+torch.save(PLAIN | {"model": MODEL, "optimizers": [OPTIMIZER]}, WHOLE := io.BytesIO())
 
 
 @fuzz
@@ -148,5 +148,5 @@ def test_checkpoints(tmp_path, changes, kept):
     with contextlib.nullcontext() if untouched else refused_or_correct():
         state = read_checkpoint(path)
         assert torch.equal(state.pop("model")["weight"], MODEL["weight"])
-        assert state.pop("optimizer") == OPTIMIZER
+        assert state.pop("optimizers") == [OPTIMIZER]
         assert state == PLAIN

@@ -44,7 +44,7 @@ from command import Parser, UserError, run_command, whole_number
 from config import ROOT, Config, read_command
 from files import write_atomically
 from model import Llama, chunk_rows
-from run import read_log
+from run import median_speed, read_log
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler prints a line when it starts and stops
 
@@ -485,10 +485,9 @@ def figures_at(path):
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     records = read_log(path / "log.jsonl")
-    training = [record for record in records if record["kind"] == "train"][1:]  # the first step compiles
-    if not training:
+    if not (speed := median_speed(records)):
         return {}
-    last = training[-1] | {"tokens_per_s": statistics.median(record["tokens_per_s"] for record in training)}
+    last = [record for record in records if record["kind"] == "train"][-1] | {"tokens_per_s": speed}
     last["val_loss"] = records[-1]["loss"] if records[-1]["kind"] == "val" else None  # None if the run was stopped
     return {"activations": {path.name: last}}
 
@@ -517,7 +516,7 @@ def gpu(keys, save, seconds):
     for file in (small, MODEL):
         config = read_config([file, *keys])
     if config.device == "auto" and machine.pick_device("auto").type == "cpu":
-        raise UserError("there is no GPU here; with --device=cpu and small sizes (--dim=96 …) it can be tried without")
+        raise UserError("there is no GPU here: to try this on a CPU, add --device=cpu and small sizes (--dim=96 …)")
     parts, ends = {}, time.monotonic() + WHOLE
     result = {"keys": keys, "parts": parts}
 

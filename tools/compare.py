@@ -41,7 +41,7 @@ from files import lock_folder
 from identity import check_activation
 from machine import pick_device, pick_dtype
 from model import Llama
-from run import dtype_taken, read_about, read_log
+from run import dtype_taken, median_speed, read_about, read_log
 from tools import intervals, plot
 from tools.intervals import MOST_SEEDS, half_widths, mean, pooled, seeds_for, smallest_difference, student_interval
 from train import BAD_STEPS
@@ -193,14 +193,21 @@ def outcome(run):
         return {"loss": math.inf}
     if not final:
         return None
-    # The first step compiles. The median, because the machine may have been busy with something else for a while.
-    speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
-    return final[0] | {"tokens_per_s": statistics.median(speeds) if speeds else None}
+    return final[0] | {"tokens_per_s": median_speed(records)}
+
+
+def finished(runs):
+    """{row: [(run, outcome)]} of the runs that ended with a finite loss."""
+    rows = {}
+    for run in runs:
+        if (result := outcome(run)) and math.isfinite(result["loss"]):
+            rows.setdefault(plot.label_of(run.case), []).append((run, result))
+    return rows
 
 
 def execute(run, world, lock, title):
     """Start or resume a run in a process of its own. Returns (exit status, its first error or else its last line). Its
-    output goes to output.txt in its folder, and how far it is to the screen, after `title`."""
+    output goes to output.txt in its folder, and its progress to the screen, after `title`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -323,11 +330,8 @@ def summarize(runs):
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
     change = {"activation": first["activation"]} if several else first
-    finished, groups = {}, {}
-    for run in runs:
-        if (result := outcome(run)) and math.isfinite(result["loss"]):
-            finished.setdefault(plot.label_of(run.case), []).append((run, result))
-    rows = [summarize_row(*zip(*pairs), plot.label_of(pairs[0][0].case | change)) for pairs in finished.values()]
+    pairs_by_row, groups = finished(runs), {}
+    rows = [summarize_row(*zip(*pairs), plot.label_of(pairs[0][0].case | change)) for pairs in pairs_by_row.values()]
     for row in rows:
         groups.setdefault(row["reference"], []).append(row)
     return rows, [resolution for group in groups.values() if (resolution := compare_rows(group))]
@@ -369,7 +373,9 @@ def compare_rows(rows):
         row["difference"] = difference = row["loss"] - first["loss"]
         row["interval"] = [difference - half, difference + half] if df else None
         row["paired_difference"], row["paired_interval"] = mean(paired), student_interval(paired)
-    return df and (
+    if not df:
+        return None
+    return (
         f"{len(rows)} rows, compared with {first['name']}: pooled standard deviation {std:.4f} nats, {df} degrees of "
         f"freedom. These seeds find a difference of {smallest_difference(sizes, std):.4f} nats four times in five. For "
         f"{TARGET} nats, that takes {seeds_for(TARGET, len(rows), std) or f'over {MOST_SEEDS}'} seeds per row."
@@ -484,10 +490,7 @@ def write_results(results, text, out):
 def draw_figures(runs, tuning, key, out):
     """Draw loss.png of the runs that finished, scalars-NAME.png of each row whose activation has trained scalars, and
     tune.png of what was tuned; returns the names of those that could be drawn."""
-    folders = {}
-    for run in runs:
-        if (result := outcome(run)) and math.isfinite(result["loss"]):
-            folders.setdefault(plot.label_of(run.case), []).append(run.out)
+    folders = {name: [run.out for run, _ in pairs] for name, pairs in finished(runs).items()}
     figures = {"loss.png": partial(plot.draw_loss, [folder for group in folders.values() for folder in group])}
     figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in folders.items()}
     figures |= {"tune.png": partial(plot.draw_tuning, tuning, key)} if tuning else {}
