@@ -186,6 +186,21 @@ def test_step(tmp_path, capsys):
     assert "tokens per second over those of xielu" in capsys.readouterr().out
 
 
+def test_step_writes_each_round(tmp_path, monkeypatch):
+    def take_turn(candidate, real=bench.Candidate.take_turn):
+        if candidate.times:
+            raise KeyboardInterrupt
+        real(candidate)
+
+    monkeypatch.setattr(bench.Candidate, "take_turn", take_turn)
+    path = tmp_path / "figures.json"
+    command = ["step", "configs/demo.py", *MODEL, *RUN, "--activation=relu2", "--rounds=2"]
+    with settings_restored():
+        assert bench.main([*command, f"--json={path}"]) == 130
+    first = json.loads(path.read_text())
+    assert first["activations"]["relu2"]["tokens_per_s"] > 0 and first["own_matmul_flops"] > 0
+
+
 def test_step_shows_what_plan_computes(tmp_path):
     run_keys = ["configs/demo.py", *MODEL, "--tokens_per_step=128", "--micro_batch_size=2", "--dtype=float32"]
     with torch.compiler.set_stance("force_eager"):
@@ -211,7 +226,7 @@ def test_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling it takes a minute
     parts = run(tmp_path, "gpu", *SMALL, "--seconds=1")["parts"]
     hung, failed = "step 1.1B", "step 124M, deterministic"
-    assert list(parts) == ["kernel", "step 124M", hung, failed, "data", "training, xielu"]
+    assert list(parts) == [hung, "kernel", "step 124M", failed, "data", "training, xielu"]
     errors = {hung: "stopped after 0 s", failed: "exit status 1: MemoryError: CUDA out of memory"}
     assert {name: part["error"] for name, part in parts.items() if part["error"]} == errors
     assert parts[failed]["output"].startswith("the log") and parts[failed]["figures"] == {}
@@ -245,8 +260,8 @@ bench.main(sys.argv[1:])
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     parts = json.loads(path.read_text())["parts"]
-    assert list(parts) == ["kernel"] and parts["kernel"]["error"] == "stopped after 0 s"
-    assert "| kernel |" in path.with_suffix(".md").read_text()
+    assert list(parts) == ["step 1.1B"] and parts["step 1.1B"]["error"] == "stopped after 0 s"
+    assert "| step 1.1B |" in path.with_suffix(".md").read_text()
 
 
 def test_table_of_gpu():

@@ -240,7 +240,7 @@ def kernel(keys, save, rounds, tokens):
     tokens = tokens or (20480 if device.type == "cuda" else 1820)
     in_layer = tokens if device.type == "cuda" else max(1, tokens // 4)  # a CPU's matmuls take seconds
     result = {"about": about(device), "tokens": tokens, "tokens_in_layer": in_layer, "width": width, "dtypes": {}}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):  # in the order of their value, should time run out
         name = str(dtype)[6:]
         figures = result["dtypes"][name] = measure_activations(device, dtype, tokens, width, rounds)
         save(result)
@@ -302,9 +302,16 @@ class Candidate:
             "share_of_own_matmul": model_flops / own_flops,
             "mfu": model_flops / peak_flops if peak_flops else None,
             "peak_memory_bytes": self.peak_memory,
-            # the plan is for a compiled model
-            "planned_memory_bytes": sum(memory_of(self.model).values()) if self.config.compile else None,
         }
+
+
+def matmul_flops(device, dtype):
+    """FLOP/s of a matmul here, as wide as one of a large model."""
+    rows, width = (4096, 1024) if device.type == "cpu" else (8192, 8192)
+    inputs = torch.randn(rows, width, device=device, dtype=dtype)
+    weight = torch.randn(width, width, device=device, dtype=dtype)
+    times = [seconds(lambda: inputs @ weight.T, device) for _ in range(3)]
+    return 2 * rows * width**2 / statistics.median(times)
 
 
 # {part of a step: what the names of its ops contain}; an op that is in none of them is a part of its own
@@ -344,7 +351,7 @@ def print_parts(parts):
 
 
 @torch._inductor.config.patch("cpp.enable_kernel_profile", True)  # otherwise a CPU's compiled kernels have no names
-def step(argv, _, rounds):
+def step(argv, save, rounds):
     """Measure training steps with each activation."""
     from_file, keys = read_command(argv)
     values = from_file | keys
@@ -356,41 +363,39 @@ def step(argv, _, rounds):
     dtype = machine.pick_dtype(config.dtype, device)
     machine.be_deterministic(device, config.deterministic)
 
-    candidates, matmul_times, parts = {}, [], {}
+    # before the models are compiled, since planning resets the compiler; the plan is for a compiled model
+    planned = {name: sum(memory_of(model_of(configs[name], dtype)).values()) for name in names if config.compile}
+    candidates, matmuls, parts = {}, [], {}
     sequences = config.tokens_per_step // config.seq_len
     batch = torch.randint(config.vocab_size, (sequences, config.seq_len + 1), device=device)
     for name in names:
         candidates[name] = Candidate(configs[name], batch, dtype)
         print(f"{name}: first step {candidates[name].first_step:.1f} s", flush=True)
-    rows, width = (4096, 1024) if device.type == "cpu" else (8192, 8192)
-    inputs = torch.randn(rows, width, device=device, dtype=dtype)
-    weight = torch.randn(width, width, device=device, dtype=dtype)
+    result = {"about": about(device), "config": vars(config), "dtype": str(dtype)[6:]}
     for number in range(rounds):
-        matmul_times += [seconds(lambda: inputs @ weight.T, device) for _ in range(3)]
+        matmuls.append(matmul_flops(device, dtype))
         for name, candidate in candidates.items():
             candidate.move(device)
             candidate.take_turn()
             if number == rounds - 1:
                 parts[name] = time_by_part(candidate.step, device, rounds)
             candidate.move("cpu")
+        own_flops, peak_flops = statistics.median(matmuls), machine.peak_flops(device, dtype)
+        figures = {
+            name: candidate.figures(own_flops, peak_flops) | {"planned_memory_bytes": planned.get(name)}
+            for name, candidate in candidates.items()
+        }
+        rates = {name: figures[name]["tokens_per_s"] / figures[names[0]]["tokens_per_s"] for name in names}
+        rows = {name: figures[name] | {"parts_s": parts.get(name)} for name in names}
+        result |= {"own_matmul_flops": own_flops, "activations": rows, "tokens_per_s_over_first": rates}
+        save(result)
 
-    own_flops = 2 * rows * width**2 / statistics.median(matmul_times)
-    peak_flops = machine.peak_flops(device, dtype)
-    figures = {name: candidate.figures(own_flops, peak_flops) for name, candidate in candidates.items()}
-    rates = {name: figures[name]["tokens_per_s"] / figures[names[0]]["tokens_per_s"] for name in names}
     print(f"\n{str(dtype)[6:]} on {machine.device_name(device)}, own matmul {own_flops / 1e9:,.0f} GFLOP/s")
     print_table("activation", figures)
     print_parts(parts)
     ratios = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
     print(f"tokens per second over those of {names[0]}: {ratios}\n")
-    return {
-        "about": about(device),
-        "config": vars(config),
-        "dtype": str(dtype)[6:],
-        "own_matmul_flops": own_flops,
-        "activations": {name: figures[name] | {"parts_s": parts[name]} for name in names},
-        "tokens_per_s_over_first": rates,
-    }
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -407,6 +412,12 @@ def kept_by_layer(config, dtype):
         x = torch.empty(config.micro_batch_size, config.seq_len, config.dim, dtype=dtype, requires_grad=True)
     layer = torch.compile(model.layers[0], backend="aot_eager_decomp_partition")
     return bytes_kept(layer, [x, model.cos, model.sin], without=[model.cos, model.sin, *model.parameters()])
+
+
+def model_of(config, dtype):
+    """A model on the meta device, which has shapes and no content."""
+    with torch.device("meta"):
+        return Llama(config, dtype)
 
 
 def memory_of(model):
@@ -432,8 +443,8 @@ def plan(argv, _, gpus, gpu, mfu):
         raise UserError(f"mfu must be above 0 and at most 1, not {mfu}")
     config = read_config(argv)
     config.check_batch(gpus)
-    with torch.device("meta"):  # every GPU of the table computes in bfloat16
-        model = Llama(config, torch.float32 if config.dtype == "float32" else torch.bfloat16)
+    # every GPU of the table computes in bfloat16
+    model = model_of(config, torch.float32 if config.dtype == "float32" else torch.bfloat16)
     memory = memory_of(model)
     parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     tokens = config.max_steps * config.tokens_per_step
@@ -532,9 +543,9 @@ def gpu(keys, save, seconds):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         benches = {
+            "step 1.1B": ["step", MODEL, "--tokens_per_step=40960", *keys, compared, "--rounds=2"],
             "kernel": ["kernel", *keys, "--rounds=5"],
             "step 124M": ["step", small, few, *keys, compared, "--rounds=3"],
-            "step 1.1B": ["step", MODEL, "--tokens_per_step=40960", *keys, compared, "--rounds=2"],
             "step 124M, deterministic": ["step", small, few, *keys, "--activation=xielu", "--deterministic=True"],
         }
         for name, command in benches.items():
