@@ -124,7 +124,7 @@ def shard_path(out, index):
     return out / f"{out.name}_{'train' if index else 'val'}_{index:06d}.bin"
 
 
-def write_shards(stream, out, encoding, sizes, state, bar):
+def write_shards(stream, out, encoding, sizes, state):
     """Write the shards that `state` does not have yet; after each, bring `state` and meta.json.part up to date.
     `sizes` are the tokens in a shard of each split, "val" and "train", and in "all" shards together."""
     dtype, widths = token_dtype(encoding.n_vocab), token_widths(encoding)
@@ -135,7 +135,6 @@ def write_shards(stream, out, encoding, sizes, state, bar):
         file.write(bytes(HEADER_BYTES))  # the header needs the number of tokens, so it is written last
         for array in stream.take(min(sizes[split], sizes["all"] - before)):
             file.write(array.astype(dtype).tobytes())
-            bar.update(len(array))
             counts["tokens"] += len(array)
             counts["bytes"] += int(widths[array].sum())
             counts["documents"] += int((array == encoding.eot_token).sum())
@@ -273,20 +272,31 @@ def check_room(out, tokens, dtype):
         )
 
 
+def counted(encoded, source, most, bar):
+    """The same batches; a progress bar shows their tokens, and about how many there will be in all, `most` or fewer."""
+    for position, tokens in encoded:
+        bar.update(min(len(tokens), most - bar.n))
+        if source.share and (share := source.share(position)):
+            bar.total = min(round(bar.n / share), most)
+        yield position, tokens
+    bar.total = bar.n
+
+
 def fill(args, source, encoding, state):
     """Write the shards that are missing, with a progress bar."""
     from tqdm import tqdm
 
     sizes = {"val": args.val_tokens, "train": args.shard_tokens, "all": args.tokens or math.inf}
-    with tqdm(total=args.tokens, initial=written(state), unit="tok", unit_scale=True) as bar:
+    with tqdm(total=args.tokens, initial=written(state) - state["used"], unit="tok", unit_scale=True) as bar:
         encoded = prefetched(partial(encode, encoding), source.read(state["position"]), args.workers)
+        encoded = counted(encoded, source, sizes["all"], bar)
         if sizes["val"] is None and not state["shards"]:
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
             sizes["val"] = found // 10
         stream = Stream(encoded)
         stream.more()  # reads the batch in which the last complete shard ended
         stream.used = state["used"]
-        write_shards(stream, args.out, encoding, sizes, state, bar)
+        write_shards(stream, args.out, encoding, sizes, state)
 
 
 def prepare(args):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from command import UserError
@@ -87,7 +87,9 @@ def read_parquet(file, path, skipped):
     if "text" not in table.schema_arrow.names:
         skipped.note('skipped parquet files without a column "text"', path)
         return
-    for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+    # a row group at a time: otherwise pyarrow reads all of them before the first batch
+    read = partial(table.iter_batches, batch_size=1024, columns=["text"])
+    for batch in chain.from_iterable(read(row_groups=[group]) for group in range(table.num_row_groups)):
         for text in batch.column(0).to_pylist():
             if isinstance(text, str):
                 yield text
@@ -117,17 +119,22 @@ def kind(path):
 
 
 def read_files(paths, separator, skipped):
-    """Yield the documents of these files; with a separator, the parts of each. If a file cannot be read to its end, the
-    rest of it is skipped."""
+    """Yield (document, bytes of the files that were read for it) of these files; with a separator, the parts of each
+    text. If a file cannot be read to its end, the rest of it is skipped."""
     import pyarrow
 
     for path in paths:
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb") as stored:
+                file, before = stored, 0
                 if compression := COMPRESSIONS.get(Path(path).suffix):
-                    file = io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
+                    file = io.BufferedReader(pyarrow.CompressedInputStream(stored, compression))
                 for text in READERS[kind(path)](file, path, skipped):
-                    yield from parts(text, separator) if separator else [text]
+                    documents = parts(text, separator) if separator else [text]
+                    here = stored.tell()
+                    for document in documents:
+                        yield document, (here - before) / len(documents)
+                    before = here
         except (OSError, EOFError, ValueError) as error:
             skipped.note(f"skipped unreadable files ({type(error).__name__})", path)
 
@@ -212,12 +219,14 @@ def is_final(error):
 @dataclass(frozen=True)
 class Source:
     """read(position, or None for the beginning) yields (position, documents). `name` is for meta.json. `fingerprint`
-    changes when files on this machine do. `size` is their bytes, None for a source that is elsewhere."""
+    changes when files on this machine do. `size` is their bytes, and share(position) says which share of them has been
+    read at the end of a batch; both are None for a source that is elsewhere."""
 
     name: str
     read: Callable
     fingerprint: str = ""
     size: int | None = None
+    share: Callable | None = None
 
 
 def open_source(name, subset, documents, skipped):
@@ -230,7 +239,7 @@ def open_source(name, subset, documents, skipped):
         return Source(f"{FINEWEB_EDU} {subset}", partial(read_fineweb_edu, subset))
     if name == "stdlib":
         files = stdlib_files()
-        texts = (path.read_text("utf-8", "replace") for path in files)
+        texts = ((path.read_text("utf-8", "replace"), path.stat().st_size) for path in files)
         name = f"stdlib of Python {platform.python_version()}"
     else:
         files = find_files(name, skipped)
@@ -239,9 +248,19 @@ def open_source(name, subset, documents, skipped):
     if documents and any(READERS.get(kind(path)) is not read_txt for path in files):
         raise refusal
 
-    def read(position):  # which is the number of batches before it
-        return islice(enumerate(batches(texts)), position or 0, None)
-
     facts = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
-    return Source(name, read, fingerprint, sum(size for _, size, _ in facts))
+    size, ends = sum(size for _, size, _ in facts), [0]  # the bytes that are read at the end of each batch
+
+    def documents():
+        for text, read in texts:
+            ends[-1] += read
+            yield text
+
+    def read(position):  # which is the number of batches before it
+        for number, batch in enumerate(batches(documents())):
+            ends.append(ends[-1])
+            if number >= (position or 0):
+                yield number, batch
+
+    return Source(name, read, fingerprint, size, lambda position: ends[position] / max(1, size))

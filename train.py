@@ -161,7 +161,8 @@ def report(folder, kind, step, seconds, loss, **values):
         if step > folder.start + 1:  # the first step compiles, so its rate says nothing
             speed = values["tokens_per_s"]
             line += f"  {speed:,.0f} tokens/s" + (f"  mfu {values['mfu']:.1%}" if values["mfu"] else "")
-            line += f"  eta {format_seconds((end - step) * tokens_per_step / speed)}"
+            left = (end - step) * tokens_per_step / speed
+            line += f"  {format_seconds(seconds)} elapsed, {format_seconds(left)} left"
         line += "  spike" if "spike" in values else ""
     say(line)
 

@@ -66,6 +66,15 @@ def test_tensorboard(fake_run, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_an_empty_log(fake_run, wandb, monkeypatch, capsys):
+    out, _ = fake_run("relu2", 1, [5.0, 4.0])
+    log = (out / "log.jsonl").read_text()
+    (out / "log.jsonl").write_text("")
+    monkeypatch.setattr(time, "sleep", lambda seconds: (out / "log.jsonl").write_text(log))
+    assert follow.main([str(out), "--to=wandb"]) == 0
+    assert "nothing is logged yet" in capsys.readouterr().out and wandb.init().log.call_count == 3
+
+
 def test_wandb(fake_run, wandb, monkeypatch):
     """Each line once, in order, under one id, also when following was interrupted."""
     monkeypatch.setattr(time, "sleep", Mock(side_effect=KeyboardInterrupt))

@@ -159,6 +159,8 @@ def test_figures_are_written(fake_run, tmp_path, capsys):
         (["loss", "nothing"], "nothing is not the folder of a run"),
         (["loss", "relu2-seed=1", "again"], "relu2 with seed 1 is given twice"),
         (["loss", "xielu-seed=1"], "too few validations"),
+        (["loss", "relu2-seed=1", "begun"], "begun has no validation in its log yet: try again"),
+        (["scalars", "begun"], "begun has no validation in its log yet: try again"),
         (["scalars", "relu2-seed=1"], "no trained scalars"),
         (["scalars", "relu2-seed=1", "xielu-seed=1"], "differ only in their seed"),
         (["xielu", "relu2-seed=1"], "is not drawn from runs"),
@@ -170,6 +172,8 @@ def test_mistakes(fake_run, tmp_path, monkeypatch, capsys, arguments, message):
     fake_run("relu2", 1, [5.0, 3.0, 2.0])
     fake_run("relu2", 1, [5.0, 3.0, 2.0], folder="again")
     fake_run("xielu", 1, [5.0, 3.0])
+    begun, _ = fake_run("xielu", 2, [5.0, 3.0], folder="begun")
+    (begun / "log.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     assert plot.main(arguments) == 2
     stderr = capsys.readouterr().err

@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import gzip
+import io
 import json
+import math
 import os
 import random
 import re
@@ -14,12 +16,14 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tqdm import tqdm
 
 import prepare_data
 import sources
@@ -145,6 +149,30 @@ def test_every_kind_of_file(tmp_path, capsys):
     assert f"skipped parquet rows without a text: 1 ({folder}/e.parquet)\n" in capsys.readouterr().err
     only_txt = prepared(f"{folder}/**/*.txt*", tmp_path / "out2", "--val_tokens=20")
     assert sum(only_txt, []) == stream_of([expected[0], expected[3]])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.dict.dz", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_progress_knows_how_many_tokens_there_will_be(tmp_path, monkeypatch, name):
+    """After the first half within 5 %, and at the end exactly; with --tokens, no more than that."""
+    monkeypatch.setattr(sources, "PIECE", 50_000)
+    randomness, path = random.Random(1), tmp_path / name
+    documents = [randomness.randbytes(250).hex() for _ in range(10_000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": documents}), path, row_group_size=100)
+    elif name.startswith("a.jsonl"):
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    else:
+        text = "\n".join(documents).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".dz") else text)
+    cut, in_all = "lines" if name in ("a.txt", "a.dict.dz") else None, 501 * len(documents)
+    for most in (math.inf, 700_000):
+        source, bar = sources.open_source(str(path), "", cut, sources.Skipped()), tqdm(file=io.StringIO())
+        encoded = map(partial(prepare_data.encode, get_tokenizer("bytes")), source.read(None))
+        shown = [(bar.n, bar.total) for _ in prepare_data.counted(encoded, source, most, bar)]
+        later = [total for count, total in shown if count > in_all / 2]
+        assert (bar.n, bar.total) == (min(in_all, most),) * 2
+        assert all(total == pytest.approx(in_all, rel=0.05) for total in later)
 
 
 def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):

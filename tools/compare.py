@@ -219,16 +219,15 @@ def execute(run, world, lock, title):
         pass_fds=[lock.fileno()],  # if this process dies alone, the lock is held until the run has ended too
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
-    last, began = "", time.monotonic()
+    last = ""
     try:
         with open(run.out / "output.txt", "a", buffering=1, encoding="utf-8") as output:  # line by line
             for line in process.stdout:
                 output.write(line)
                 if line.strip() and not last.startswith("error:"):
                     last = line.strip()
-                if progress := re.match(r"(step \d+/\d+) .*  eta (\w+)", line):
-                    elapsed = format_seconds(time.monotonic() - began)
-                    show(f"{title}: {progress[1]}, {elapsed} elapsed, {progress[2]} left", passing=True)
+                if progress := re.match(r"(step \d+/\d+) .*  (\w+ elapsed, \w+ left)", line):
+                    show(f"{title}: {progress[1]}, {progress[2]}", passing=True)
         return process.wait(), last
     finally:  # after Ctrl-C, the run saves a checkpoint first
         process.terminate()

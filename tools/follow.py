@@ -105,6 +105,8 @@ def mirror(argv):
     except ImportError:
         raise UserError(f"--to={options.to} needs an optional package: pip install {options.to}") from None
     print(f"following {options.run}; Ctrl-C ends it")
+    if not read_log(options.run / "log.jsonl"):
+        print("nothing is logged yet: what train.py logs there will appear, so start or resume it if it does not run")
     for record in follow(options.run):
         write(record)
     print(f"{options.run} is finished")

@@ -69,6 +69,8 @@ def read_groups(folders):
         records = [record for record in read_log(folder / "log.jsonl") if record["kind"] == "val"]
         validations = {record["tokens"]: record | {"loss": float(record["loss"])} for record in records}
         runs.append((read_about(folder)["config"], validations))
+        if not records:
+            raise UserError(f"{folder} has no validation in its log yet: try again once train.py has printed one")
     if not runs:
         raise UserError("give the folders of runs, as in out/compare/demo/*-seed=*")
     names = [name for name in runs[0][0] if name not in ("activation", "seed", "out", "resume")]
@@ -116,7 +118,7 @@ def draw_loss(folders, path):
     for number, (label, group) in enumerate(groups.items()):
         tokens = common_tokens(group)[1:]  # without the untrained model
         if len(tokens) < 2:
-            raise UserError(f"{label} has too few validations for a curve: lower eval_every")
+            raise UserError(f"{label} has too few validations for a curve yet: wait for more, or lower eval_every")
         draw_band(axes[0], tokens, logged(group, "loss", tokens, group), label, **line_style(number))
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].legend(frameon=False)
