@@ -6,7 +6,7 @@ from command import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows, where folders are not locked
+except ImportError:  # Windows
     fcntl = None
 
 
@@ -31,9 +31,11 @@ def lock_folder(folder, wait=False):
     however it dies. If another process has the lock, wait for it, or raise UserError."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a")
+    if not fcntl:
+        print(f"warning: Windows does not lock folders: start one run in {folder} at a time")
+        return file
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise UserError(f"another process writes to {folder}: wait until it ends, or choose another --out") from None
     except OSError as error:

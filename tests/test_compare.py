@@ -209,6 +209,12 @@ def test_one_dtype_for_all_runs(config, tmp_path, monkeypatch):
         compare.share_dtype(read_grid([config, "--dtype=auto,float32"], tmp_path, 1), [])
 
 
+def test_windows(config, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert compare.main([str(config)]) == 2
+    assert "needs Linux, macOS or WSL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -485,6 +485,8 @@ def test_a_disk_without_locks(config, out, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     assert f"warning: {out} is on a disk without locks (No locks available)" in here(config)
     assert whole(out)["step"] == 12
+    monkeypatch.setattr(files, "fcntl", None)
+    assert f"warning: Windows does not lock folders: start one run in {out} at a time" in here(config, "--resume")
 
 
 def test_two_runs_in_one_folder(config, out, capsys):

@@ -517,6 +517,8 @@ def compare(argv):
     parser.add_argument("--tune")
     parser.add_argument("--tune_seeds", default="101")
     options, others = parser.parse_known_args(argv)
+    if sys.platform == "win32":
+        raise UserError("tools.compare needs Linux, macOS or WSL: it stops its runs with signals that Windows lacks")
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
     out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
     plan = read_grid(others, out, world)
