@@ -100,11 +100,11 @@ def test_commands_that_need_no_hours_run(elsewhere, monkeypatch, capsys):
     # a comparison's runs in this process: test_compare.py starts them as they are
     monkeypatch.setattr(compare, "execute", lambda run, *_: (train.main(run.arguments), ""))
     monkeypatch.setattr(derive, "check_derivatives", lambda *_: None)  # test_derive.py does
-    fewer = dict.fromkeys(["tools.plot", "tools.derive", "tools.follow", "tools.hf"], [])
+    fewer = dict.fromkeys(["tools.plot", "tools.derive", "tools.follow", "tools.hf", "tools.check"], [])
     fewer |= {"train": SMALL, "tools.compare": SMALL, "tools.sample": ["--tokens=5"]}
     fewer["prepare_data"] = ["--tokens=20000", "--val_tokens=2000"]
     if not importlib.util.find_spec("transformers"):
-        del fewer["tools.hf"]
+        del fewer["tools.hf"], fewer["tools.check"]
     ran = set()
     for command in (part for line in lines("sh") for part in line.split("&&")):
         _, *arguments = shlex.split(command.replace(" -m ", " "))

@@ -162,7 +162,8 @@ def draw_tuning(tuning, key, path):
             axis.plot(value, 0.98 - 0.04 * number, "x", color=style["color"], transform=axis.get_xaxis_transform())
         shown.extend(means[~diverged])
     if shown:  # a run that nearly diverged would flatten the rest: its line leaves the figure at the upper edge
-        height = min(max(shown) - min(shown), 4 * (np.median(shown) - min(shown))) or 1e-3
+        height = max(shown) - min(shown)
+        height = min(height, 4 * (np.median(shown) - min(shown))) or height or 1e-3
         axis.set_ylim(min(shown) - 0.1 * height, min(shown) + 1.1 * height)
     values = sorted(set().union(*tuning.values()))
     axis.set(xscale="log", xlabel=f"{key} (ring: chosen, cross: diverged)", ylabel="validation loss (nats per token)")
