@@ -24,4 +24,4 @@ max_steps = 500
 warmup_steps = 50
 decay_steps = 167
 
-eval_every = 125
+eval_every = 250
