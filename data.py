@@ -115,7 +115,7 @@ def read_meta(folder):
         numbers = [meta["vocab_size"], *(meta["splits"][s][n] for s in ("train", "val") for n in ("tokens", "bytes"))]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"counts {numbers}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is malformed ({error!r}): prepare the data again, or delete it") from None

@@ -526,7 +526,8 @@ def test_mistakes(jsonl, tmp_path, capsys):
         ("at least 2 and below 2147483648", jsonl, "--val_tokens=1"),
         ("--tokkens", jsonl, "--tokkens=5"),
         ("SOURCE",),
-        ("a.md", jsonl, f"--out={tmp_path}/a.md/x", "--tokenizer=bytes"),
+        ("a.md/x cannot be a folder", jsonl, f"--out={tmp_path}/a.md/x", "--tokenizer=bytes"),
+        ("a.md cannot be a folder", jsonl, f"--out={tmp_path}/a.md", "--tokenizer=bytes"),
     ]:
         assert message in error(capsys, *line)
     result = run(jsonl, "--tokens=many", status=2)

@@ -71,7 +71,7 @@ MISTAKES = [
     ("", "--n_layers=0", "n_layers must be at least 1"),
     ("", "--n_kv_heads=3", "n_heads=2 is not a multiple of n_kv_heads=3"),
     ("", "--dim=30", "dim=30 over n_heads=2 must give an even number"),
-    ("", "--out={tmp}/tiny.py/x", "Not a directory"),
+    ("", "--out={tmp}/tiny.py/x", "tiny.py/x cannot be a folder"),
     ("", "--data={tmp}/a\nb", "no data folder .*/a b"),
     ("", "--data={tmp}", "has no train shards"),
     ("", "--vocab_size=200", r"bytes \(257 ids\), more than vocab_size=200"),
@@ -88,6 +88,8 @@ def test_mistakes_get_one_line_and_leave_nothing(config, tmp_path, monkeypatch, 
     assert "give one config file" in error(capsys)
     assert "no config nowhere.py: there are configs/compare_124m.py" in error(capsys, "nowhere.py")
     assert "there is no data folder data/fineweb-edu-tekken" in error(capsys, ROOT / "configs/xielu_1b.py")
+    assert f"there is no data folder {config}" in error(capsys, config, f"--data={config}")
+    assert f"{config} cannot be a folder, since a file is in its place" in error(capsys, config, f"--out={config}")
     assert list(tmp_path.iterdir()) == [config]
 
 
