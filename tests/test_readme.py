@@ -147,7 +147,7 @@ def test_an_activation_of_your_own(corpus, tmp_path):
     assert "| smooth_relu2 " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["compare_cpu", "derive"])
+@pytest.mark.parametrize("name", ["compare_english", "derive"])
 def test_the_tables_are_those_of_the_results(name):
     table = (ROOT / f"results/{name}/results.md").read_text("utf-8").partition("\n\n")[0]
     assert table.startswith("| activation") and table in TEXT
