@@ -248,6 +248,7 @@ def kernel(keys, save, rounds, tokens):
         print(f"{name}, {tokens} × {width}, copy {copy_rate:.1f} GB/s, {device}")
         print_table("activation", figures["activations"])
         figures["layers"] = measure_layers(device, dtype, in_layer, config, rounds, copy_rate * 1e9)
+        save(result)
         print(f"{name}, inside a layer, {in_layer} × {config.dim}")
         print_table("activation", figures["layers"])
     return result
