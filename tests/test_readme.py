@@ -32,8 +32,11 @@ def lines(kind):
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
+CELLS = [line.removeprefix("!") for line in lines("") if line.startswith("!")]  # of a notebook
 INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", TEXT))]
-COMMANDS = [part.strip() for line in lines("sh") + lines("bash") + INLINE for part in re.split(r"&&|\|\|", line)]
+COMMANDS = [
+    part.strip() for line in lines("sh") + lines("bash") + CELLS + INLINE for part in re.split(r"&&|\|\|", line)
+]
 COMMANDS = [command for command in COMMANDS if re.match(r"(srun )?(python3?|torchrun|pip|uv) ", command)]
 SMALL = "--max_steps=2 --warmup_steps=0 --decay_steps=0 --eval_every=1 --eval_tokens=500 --log_every=1 --compile=False"
 SMALL = SMALL.split()
