@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from command import UserError
@@ -83,13 +82,11 @@ def read_parquet(file, path, skipped):
     """One document per row of the column "text"."""
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file)
+    table = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # otherwise all is read before the first text
     if "text" not in table.schema_arrow.names:
         skipped.note('skipped parquet files without a column "text"', path)
         return
-    # a row group at a time: otherwise pyarrow reads all of them before the first batch
-    read = partial(table.iter_batches, batch_size=1024, columns=["text"])
-    for batch in chain.from_iterable(read(row_groups=[group]) for group in range(table.num_row_groups)):
+    for batch in table.iter_batches(batch_size=1024, columns=["text"]):
         for text in batch.column(0).to_pylist():
             if isinstance(text, str):
                 yield text
@@ -123,20 +120,22 @@ def read_files(paths, separator, skipped):
     text. If a file cannot be read to its end, the rest of it is skipped."""
     import pyarrow
 
+    before, start = 0, 0  # in bytes of all files: what the documents so far account for, and where a file begins
     for path in paths:
         try:
             with open(path, "rb") as stored:
-                file, before = stored, 0
+                file = stored
                 if compression := COMPRESSIONS.get(Path(path).suffix):
                     file = io.BufferedReader(pyarrow.CompressedInputStream(stored, compression))
                 for text in READERS[kind(path)](file, path, skipped):
                     documents = parts(text, separator) if separator else [text]
-                    here = stored.tell()
+                    here = start + stored.tell()
                     for document in documents:
                         yield document, (here - before) / len(documents)
                     before = here
         except (OSError, EOFError, ValueError) as error:
             skipped.note(f"skipped unreadable files ({type(error).__name__})", path)
+        start += os.path.getsize(path)
 
 
 def find_files(source, skipped):
@@ -252,13 +251,13 @@ def open_source(name, subset, documents, skipped):
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     size, ends = sum(size for _, size, _ in facts), [0]  # the bytes that are read at the end of each batch
 
-    def documents():
+    def counted_texts():
         for text, read in texts:
             ends[-1] += read
             yield text
 
     def read(position):  # which is the number of batches before it
-        for number, batch in enumerate(batches(documents())):
+        for number, batch in enumerate(batches(counted_texts())):
             ends.append(ends[-1])
             if number >= (position or 0):
                 yield number, batch

@@ -55,6 +55,10 @@ def time_limit(message):
     def stop(number, frame):
         raise OutOfTime
 
+    if sys.platform == "win32":
+        raise UserError(
+            "tools.derive needs Linux, macOS or WSL: it stops a long computation with a signal that Windows lacks"
+        )
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:

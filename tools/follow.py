@@ -106,7 +106,7 @@ def mirror(argv):
         raise UserError(f"--to={options.to} needs an optional package: pip install {options.to}") from None
     print(f"following {options.run}; Ctrl-C ends it")
     if not read_log(options.run / "log.jsonl"):
-        print("nothing is logged yet: what train.py logs there will appear, so start or resume it if it does not run")
+        print("nothing is logged yet: waiting for train.py to write; start or resume the run if it is not running")
     for record in follow(options.run):
         write(record)
     print(f"{options.run} is finished")

@@ -204,7 +204,7 @@ def write_tokenizer(folder, encoding, seq_len):
     tiktoken merges any two neighbours that make a token, the lowest rank first, so all ways to split a token in two
     are merges of its rank.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()  # GPT-2's alphabet, in which tokenizers writes bytes
@@ -221,14 +221,11 @@ def write_tokenizer(folder, encoding, seq_len):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(encoding._special_tokens))
-    # a text begins with the delimiter, as in the training data
-    end = encoding.decode([encoding.eot_token])
-    tokenizer.post_processor = processors.TemplateProcessing([end, "$A"], special_tokens=[(end, encoding.eot_token)])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), encoding.decode([encoding.eot_token])),
         "split_special_tokens": True,  # a special token in a text is plain text, as for prepare_data.py
         "clean_up_tokenization_spaces": False,
     }
