@@ -35,6 +35,12 @@ def format_seconds(seconds):
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+def refuse_windows(program):
+    """UserError on Windows, which lacks the signals that a program uses."""
+    if sys.platform == "win32":
+        raise UserError(f"{program} needs Linux, macOS or WSL: it uses signals that Windows lacks")
+
+
 def run_command(command, argv, doc, interrupted="interrupted"):
     """Run command(argv) and return the exit status: what it returns, or 0 for None; 2 after a UserError, which is
     printed as one line; 130 after Ctrl-C, which prints `interrupted`. --help prints `doc` instead."""

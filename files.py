@@ -28,11 +28,13 @@ def write_atomically(path, write):
 
 def lock_folder(folder, wait=False):
     """Create a folder and lock it. Returns an open file that holds the lock until it is closed or the process dies,
-    however it dies. If another process has the lock, wait for it, or raise UserError."""
+    however it dies. If another process has the lock, wait for it, or raise UserError. NotADirectoryError if a file
+    is in the folder's place."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} cannot be a folder, since a file is in its place: choose another --out") from None
+        text = f"{folder} cannot be a folder, since a file is in its place: choose another --out"
+        raise NotADirectoryError(text) from None
     file = open(folder / "lock", "a")
     if not fcntl:
         print(f"warning: Windows does not lock folders: start one run in {folder} at a time")

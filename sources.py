@@ -115,13 +115,13 @@ def kind(path):
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
 
-def read_files(paths, separator, skipped):
-    """Yield (document, bytes of the files that were read for it) of these files; with a separator, the parts of each
-    text. If a file cannot be read to its end, the rest of it is skipped."""
+def read_files(files, separator, skipped):
+    """Yield (document, bytes of the files that were read for it) of files, given as (path, size in bytes); with a
+    separator, the parts of each text. If a file cannot be read to its end, the rest of it is skipped."""
     import pyarrow
 
     before, start = 0, 0  # in bytes of all files: what the documents so far account for, and where a file begins
-    for path in paths:
+    for path, size in files:
         try:
             with open(path, "rb") as stored:
                 file = stored
@@ -135,7 +135,7 @@ def read_files(paths, separator, skipped):
                     before = here
         except (OSError, EOFError, ValueError) as error:
             skipped.note(f"skipped unreadable files ({type(error).__name__})", path)
-        start += os.path.getsize(path)
+        start += size
 
 
 def find_files(source, skipped):
@@ -152,6 +152,12 @@ def find_files(source, skipped):
             f"{', '.join(READERS)} ({' or '.join(COMPRESSIONS)} may follow)"
         )
     return files
+
+
+def read_stdlib(files):
+    """Yield (document, its bytes) of files, given as (path, size in bytes), each a document as a whole."""
+    for path, size in files:
+        yield path.read_text("utf-8", "replace"), size
 
 
 def stdlib_files():
@@ -237,23 +243,23 @@ def open_source(name, subset, documents, skipped):
             raise refusal
         return Source(f"{FINEWEB_EDU} {subset}", partial(read_fineweb_edu, subset))
     if name == "stdlib":
-        files = stdlib_files()
-        texts = ((path.read_text("utf-8", "replace"), path.stat().st_size) for path in files)
+        files, read_texts = stdlib_files(), read_stdlib
         name = f"stdlib of Python {platform.python_version()}"
     else:
         files = find_files(name, skipped)
-        texts = read_files(files, SEPARATORS.get(documents), skipped)
+        read_texts = partial(read_files, separator=SEPARATORS.get(documents), skipped=skipped)
         name += f" cut into {documents}" if documents else ""
     if documents and any(READERS.get(kind(path)) is not read_txt for path in files):
         raise refusal
 
     facts = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
-    size, ends = sum(size for _, size, _ in facts), [0]  # the bytes that are read at the end of each batch
+    sizes = [size for _, size, _ in facts]
+    texts, ends = read_texts(zip(files, sizes)), [0]  # the bytes that are read at the end of each batch
 
     def counted_texts():
-        for text, read in texts:
-            ends[-1] += read
+        for text, its_bytes in texts:
+            ends[-1] += its_bytes
             yield text
 
     def read(position):  # which is the number of batches before it
@@ -262,4 +268,4 @@ def open_source(name, subset, documents, skipped):
             if number >= (position or 0):
                 yield number, batch
 
-    return Source(name, read, fingerprint, size, lambda position: ends[position] / max(1, size))
+    return Source(name, read, fingerprint, sum(sizes), lambda position: ends[position] / max(1, sum(sizes)))

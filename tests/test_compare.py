@@ -215,6 +215,13 @@ def test_windows(config, monkeypatch, capsys):
     assert "needs Linux, macOS or WSL" in capsys.readouterr().err
 
 
+def test_a_file_in_the_place_of_the_folder(config, corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert compare.main([str(config), f"--out={tmp_path}/file"]) == 2
+    printed = capsys.readouterr()
+    assert "file cannot be a folder" in printed.err and "another comparison" not in printed.out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import shutil
+import sys
 import time
 
 import pytest
@@ -247,6 +248,11 @@ OTHER = "--positive=x"  # of mistakes that have nothing to do with it
 )
 def test_mistakes(capsys, arguments, message):
     assert message in refused(capsys, *arguments)
+
+
+def test_windows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "tools.derive needs Linux, macOS or WSL" in refused(capsys, "new", "--positive=2*x")
 
 
 @pytest.mark.parametrize(

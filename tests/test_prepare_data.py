@@ -176,6 +176,33 @@ def test_progress_knows_how_many_tokens_there_will_be(tmp_path, monkeypatch, nam
         assert all(total == pytest.approx(expected, rel=0.05) for total in later)
 
 
+def test_progress_over_several_files(tmp_path, jsonl):
+    """A file without documents counts when the next one is read; one that has gone since is skipped and named."""
+    for name in ("a.jsonl", "c.jsonl"):
+        shutil.copy(jsonl, tmp_path / name)
+    (tmp_path / "b.jsonl").write_text("no JSON\n" * 1000)
+    (tmp_path / "d.jsonl").write_text('{"text": "gone"}')
+    skipped = sources.Skipped()
+    source = sources.open_source(f"{tmp_path}/[a-d].jsonl", "", None, skipped)
+    (tmp_path / "d.jsonl").unlink()
+    ((position, documents),) = source.read(None)
+    assert len(documents) == 2 * len(DOCUMENTS) and source.share(position) == pytest.approx(1 - 16 / source.size)
+    assert skipped["skipped unreadable files (FileNotFoundError)"] == (1, [f"{tmp_path}/d.jsonl"])
+
+
+def test_progress_of_a_preparation_that_continues(jsonl, tmp_path, monkeypatch, capsys):
+    """Its bar ends at the number of all tokens, those of before included."""
+    monkeypatch.setattr(sources, "PIECE", 700)
+    options = ["--tokenizer=bytes", f"--out={tmp_path}/out", "--val_tokens=100", "--shard_tokens=1000"]
+    killed_at(9, monkeypatch, jsonl, *options)
+    bars = []
+    monkeypatch.setattr("tqdm.tqdm", lambda **keys: bars.append(tqdm(**keys)) or bars[0])
+    capsys.readouterr()
+    assert main(jsonl, *options) == 0
+    assert "continuing from there" in capsys.readouterr().out
+    assert bars[0].n == bars[0].total == len(stream_of(DOCUMENTS))
+
+
 def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()

@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 
 from activations import short_name
-from command import Parser, UserError, format_seconds, run_command, whole_number
+from command import Parser, UserError, format_seconds, refuse_windows, run_command, whole_number
 from config import ROOT, TYPES, Config, read_command, typed
 from data import open_data, read_meta
 from files import lock_folder
@@ -517,8 +517,7 @@ def compare(argv):
     parser.add_argument("--tune")
     parser.add_argument("--tune_seeds", default="101")
     options, others = parser.parse_known_args(argv)
-    if sys.platform == "win32":
-        raise UserError("tools.compare needs Linux, macOS or WSL: it stops its runs with signals that Windows lacks")
+    refuse_windows("tools.compare")
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
     out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
     plan = read_grid(others, out, world)

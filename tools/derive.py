@@ -36,7 +36,7 @@ from sympy.codegen.cfunctions import expm1, log1p
 
 import xielu
 from activations import ACTIVATIONS, load_derived
-from command import Parser, UserError, run_command
+from command import Parser, UserError, refuse_windows, run_command
 from files import write_atomically
 from tools.plot import line_style, new_figure, save
 
@@ -55,10 +55,6 @@ def time_limit(message):
     def stop(number, frame):
         raise OutOfTime
 
-    if sys.platform == "win32":
-        raise UserError(
-            "tools.derive needs Linux, macOS or WSL: it stops a long computation with a signal that Windows lacks"
-        )
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
@@ -422,6 +418,7 @@ def read_options(argv):
 def derive(argv):
     """Derive, check and write what a command line asks for."""
     options = read_options(argv)
+    refuse_windows("tools.derive")
     trained, fixed = read_scalars(options.trained, options.fixed)
     symbols = [*fixed, *trained]
     positive = read_gradient(options.positive, "--positive", P, symbols)
