@@ -1,4 +1,4 @@
-"""The comparison for a laptop's CPU, about half a minute per run on two cores. Its data, one of two:
+"""The comparison for a laptop's CPU, less than a minute per run on two cores. Its data, one of two:
 
 python prepare_data.py fineweb-edu --tokenizer=bytes --tokens=4e7 --out=data/english
 
