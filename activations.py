@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from command import UserError
-from inverted import xielu_inverted
+import xielu
+from plumbing.command import UserError
+from plumbing.inverted import xielu_inverted
 from xielu import XIELU, Integral, fused, partials, upcast, value, xielu_reference
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,3 +216,23 @@ def get_activation(name):
     nearest = difflib.get_close_matches(name, ACTIVATIONS, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise UserError(f"unknown activation {name!r}: {hint}known are {', '.join(ACTIVATIONS)}")
+
+
+def curve(module, x, gated=False):
+    """f, f′ and the gradients of the parameters, each summed over x, of an activation at x, uncompiled; for a gated one
+    at y = 1."""
+    compiles, xielu.COMPILE = xielu.COMPILE, False
+    x = x.clone().requires_grad_()
+    y = module(x, torch.ones_like(x)) if gated else module(x)
+    slope, *by_parameter = torch.autograd.grad(y.sum(), (x, *module.parameters()))
+    xielu.COMPILE = compiles
+    return y.detach(), slope, *by_parameter
+
+
+def facts_of(name):
+    """What must not change about an activation while a run is under way: its formula, and what it computes."""
+    activation = get_activation(name)
+    x = torch.tensor([-9.0, -3.0, -1.0, -0.3, -0.01, 0.01, 0.3, 1.0, 3.0, 9.0], dtype=torch.float64)
+    results = curve(activation.module(), x, activation.gated)
+    numbers = [float(f"{number:.9g}") for result in results for number in result.flatten().tolist()]
+    return {f"the formula of {short_name(name)}": activation.formula, f"what {short_name(name)} computes": numbers}

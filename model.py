@@ -10,7 +10,7 @@ bf16 runs), while norms, rotary angles and the loss are computed in float32.
 
 import hashlib
 import math
-import os
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from activations import get_activation
-from config import ModelConfig
+from plumbing.command import UserError
+from plumbing.config import Keys, key
 from xielu import upcast
-
-# Without huge pages (on Linux), an elementwise pass over fresh memory of a CPU spends half its time on page faults.
-# PyTorch reads this once, before its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Targets of this value are ignored: they pad the last validation batch.
 IGNORE = -1
@@ -31,6 +28,52 @@ IGNORE = -1
 # The loss sees at most this many logits at a time (2 GB in bfloat16): at 20480 tokens × 147456 words, all of them at
 # once would be 6 GB, and their gradient as much again.
 LOGITS_AT_ONCE = 2**30
+
+
+@dataclass(frozen=True)
+class ModelConfig(Keys):
+    """The keys that make the model."""
+
+    activation: str = key("xielu", "a name from activations.py, or derived/NAME.py")
+    dim: int = key(384, "width of the residual stream", low=1)
+    n_layers: int = key(6, "number of blocks", low=1)
+    n_heads: int = key(6, "attention heads", low=1)
+    n_kv_heads: int = key(6, "key and value heads; fewer than n_heads for grouped queries", low=1)
+    ffn_dim: int = key(1536, "width of an ungated MLP; a gated activation gets 2/3 of it", low=1)
+    vocab_size: int = key(257, "rows of the embedding; at least the tokenizer's", low=1)
+    seq_len: int = key(256, "tokens per sequence", low=1)
+    rope_theta: float = key(500000.0, "base of the rotary frequencies", low=1)
+    norm_eps: float = key(1e-6, "epsilon of RMSNorm", low=0)
+    qk_norm: bool = key(False, "RMSNorm on each head's queries and keys, before they are rotated")
+    tie_embeddings: bool = key(True, "one matrix for embedding and output head")
+    init_std: float = key(0.025, "standard deviation of the initial weights", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise UserError(f"dim={self.dim} over n_heads={self.n_heads} must give an even number for each head")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.gated and self.ffn_dim % 3:
+            below = self.ffn_dim // 3 * 3
+            raise UserError(
+                f"ffn_dim={self.ffn_dim} does not divide by 3, as the gated {self.activation!r} needs "
+                f"(it gets 2/3 of the width): the nearest that does is {f'{below} or ' if below else ''}{below + 3}"
+            )
+
+    @property
+    def head_dim(self):
+        return self.dim // self.n_heads
+
+    @property
+    def gated(self):
+        return get_activation(self.activation).gated
+
+    @property
+    def mlp_dim(self):
+        """The width of the MLP that is built: ffn_dim, or 2/3 of it if gated, so that its three matrices have as many
+        parameters and cost as many FLOPs as the two of the ungated one."""
+        return self.ffn_dim * 2 // 3 if self.gated else self.ffn_dim
 
 
 class Linear(nn.Module):
@@ -70,12 +113,6 @@ def apply_rope(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def causal_attention(q, k, v):
-    """Causal attention of q (B, heads, T, D) over k, v (B, kv heads, T, D)."""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-
-
 class Attention(nn.Module):
     """Causal self-attention. With n_kv_heads < n_heads, several queries share each key and value (GQA)."""
 
@@ -89,22 +126,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def qkv(self, x, cos, sin):
-        """q (B, heads, T, D) and k, v (B, kv heads, T, D) of x (B, T, C); q and k rotated to their positions. They are
-        rotated before they are transposed: in memory's own order, which saves a GPU three copies per layer."""
+    def forward(self, x, cos, sin):
+        """(B, T, C) → (B, T, C). q and k are rotated before they are transposed: in memory's own order, which saves a
+        GPU three copies per layer."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos[:, None], sin[:, None]  # the same angles for every head
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def output(self, y):
-        """(B, T, C) of what the heads (B, heads, T, D) have gathered."""
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, heads, T, D); k and v with their fewer heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def forward(self, x, cos, sin):
-        return self.output(causal_attention(*self.qkv(x, cos, sin)))
 
 
 class MLP(nn.Module):
@@ -180,12 +212,16 @@ class Llama(nn.Module):
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream[:8], "little"))
             weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
 
-    def forward(self, tokens, targets=None, reduction="mean"):
+    def hidden(self, tokens):
+        """The final hidden states (B, T, C), from which the head makes logits."""
         T = tokens.shape[1]
         x = self.embed_tokens(tokens).to(self.compute_dtype)
         for layer in self.layers:
             x = layer(x, self.cos[:T], self.sin[:T])
-        x = self.norm(x)
+        return self.norm(x)
+
+    def forward(self, tokens, targets=None, reduction="mean"):
+        x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
         return self.loss(x, targets, reduction)

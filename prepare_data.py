@@ -18,7 +18,6 @@ order, so that the shards are the same for any number of workers. Whenever a sha
 position in the source where it ended: after an interruption, the same command continues from there.
 """
 
-import json
 import math
 import os
 import re
@@ -30,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 
-from command import Parser, UserError, run_command, whole_number
-from data import HEADER_BYTES, open_shard, prefetched, read_meta, shard_header, token_dtype
-from files import lock_folder, write_atomically
-from sources import PIECE, SEPARATORS, Skipped, open_source
-from tokenizer import get_tokenizer
+from plumbing.command import Parser, UserError, run_command, whole_number
+from plumbing.data import HEADER_BYTES, prefetched, shard_header, token_dtype
+from plumbing.files import lock_folder, write_atomically
+from plumbing.sources import PIECE, SEPARATORS, Skipped, open_source
+from plumbing.tokenizer import get_tokenizer
+from plumbing.unfinished import discard, examine, shard_path, write_json, written
 
 MOST_VAL_TOKENS = 1_000_000  # unless --val_tokens says otherwise
 
@@ -119,11 +119,6 @@ def token_widths(encoding):
     return widths
 
 
-def shard_path(out, index):
-    """The path of the shard with this number; the first one is for validation."""
-    return out / f"{out.name}_{'train' if index else 'val'}_{index:06d}.bin"
-
-
 def write_shards(stream, out, encoding, sizes, state):
     """Write the shards that `state` does not have yet; after each, bring `state` and meta.json.part up to date.
     `sizes` are the tokens in a shard of each split, "val" and "train", and in "all" shards together."""
@@ -145,85 +140,6 @@ def write_shards(stream, out, encoding, sizes, state):
         write_atomically(shard_path(out, state["shards"]), write_shard)
         state |= {"shards": state["shards"] + 1, "position": stream.position, "used": stream.used}
         write_json(out / "meta.json.part", state)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The folder: it has a meta.json once all shards are written; until then, a meta.json.part that says how far they are
-
-
-def beginning(settings, fingerprint):
-    """What meta.json.part says before the first shard. Later, `position` and `used` are the Stream's at the end of the
-    last complete shard."""
-    splits = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in ("val", "train")}
-    about = {"settings": settings, "fingerprint": fingerprint}
-    return about | {"shards": 0, "splits": splits, "position": None, "used": 0}
-
-
-def written(state):
-    """The number of tokens in all shards."""
-    return sum(counts["tokens"] for counts in state["splits"].values())
-
-
-def examine(out, settings, fingerprint):
-    """(what meta.json.part should say, or None if the folder is complete; what to tell the user about it, or "").
-
-    Changes nothing. The shards of an interrupted run are kept if they are intact and come from the same settings and
-    the same source (by its fingerprint), else they will be replaced. UserError if the folder holds something else.
-    """
-    if meta := read_meta(out):
-        if meta.get("settings") != settings:
-            raise UserError(f"{out} already holds data of other settings: choose another --out, or delete it")
-        return None, "is already complete; delete it to read the source again"
-    unfinished = out / "meta.json.part"
-    if any(not (is_ours(out, path) and unfinished.exists()) for path in out.glob("*.bin")):
-        raise UserError(f"{out} already holds shards from elsewhere: choose another --out, or delete them")
-    fresh = beginning(settings, fingerprint)
-    left = read_unfinished(unfinished, fresh.keys())
-    if not left or not left["shards"]:
-        return fresh, ""
-    if left["settings"] != settings:
-        raise UserError(f"{out} holds unfinished data of other settings: choose another --out, or delete it")
-    if left["fingerprint"] != fingerprint:
-        return fresh, "was made from files that have changed: starting over"
-    if not intact(out, left):
-        return fresh, "does not hold the shards that it had: starting over"
-    return left, f"has {left['shards']} shards with {written(left):,} tokens: continuing from there"
-
-
-def read_unfinished(path, keys):
-    """The dict in a meta.json.part, or None if it cannot be read or has other keys than these."""
-    try:
-        state = json.loads(path.read_text("utf-8"))
-        return state if state.keys() == keys else None
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def intact(out, state):
-    """Whether the shards that `state` counts are there, with all their tokens."""
-    try:
-        held = [open_shard(shard_path(out, index)).tokens for index in range(state["shards"])]
-    except (OSError, UserError):
-        return False
-    return sum(held) == written(state)
-
-
-def write_json(path, content):
-    """Write a JSON file atomically."""
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
-
-
-def is_ours(out, path):
-    """Whether a file has the name of a shard, complete or not, that this program writes into `out`."""
-    return bool(re.fullmatch(re.escape(out.name) + r"_(val|train)_\d{6}\.bin(\.tmp)?", path.name))
-
-
-def discard(out, keep=0):
-    """Remove the shards, complete or not, that this program wrote into `out`, except for the first `keep`."""
-    kept = {shard_path(out, index) for index in range(keep)}
-    for path in out.iterdir():
-        if is_ours(out, path) and path not in kept:
-            path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import xielu  # noqa: E402
-from config import Config  # noqa: E402
 from runs import TINY  # noqa: E402
+from train import Config  # noqa: E402
 
 # Beyond this many variants of one function torch.compile runs it uncompiled, and a test of compiled code tests nothing.
 torch._dynamo.config.recompile_limit = 100

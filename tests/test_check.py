@@ -137,7 +137,7 @@ def test_errors_in_the_function(checked):
 
 
 def test_the_inverted_one_is_less_exact(capsys):
-    assert check.main(["inverted:xielu_inverted"]) == 1
+    assert check.main(["plumbing.inverted:xielu_inverted"]) == 1
     assert "f is" not in capsys.readouterr().out
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from scipy import stats
 
-import machine
-from command import UserError
-from identity import describe
+from activations import facts_of
+from plumbing import machine
+from plumbing.command import UserError
 from runs import ROOT, TINY, here
 from tools import compare
 from tools.compare import Run, beyond, read_grid, read_tune, report, summarize, verdict
@@ -278,14 +278,14 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
     folder = tmp_path / "xielu-seed=42"
     folder.mkdir()
     (run,) = read_grid([config], tmp_path, 1)
-    about = describe(run.config)
+    about = {"config": vars(run.config), "facts": facts_of(run.config.activation)}
     (longer,) = read_grid([config, "--max_steps=50"], tmp_path, 1)
     (folder / "config.json").write_text(json.dumps(about))
     compare.check_folder(run)
     for content, asked, message in [
         (about, longer, "cannot continue: it has max_steps=80, not 50"),
-        (about | {"formula": "max(x, 0)"}, run, "has changed since the run began (it was max(x, 0), now"),
-        (about | {"source": {"XIELU": "0123"}}, run, "xielu has changed since the run began ("),
+        (about | {"facts": {"the formula of xielu": "max(x, 0)"}}, run, "the formula of xielu changed since the run"),
+        (about | {"facts": {"what xielu computes": [0.0]}}, run, "what xielu computes changed since the run"),
         ([], run, "is not the folder of a run"),
     ]:
         (folder / "config.json").write_text(json.dumps(content))
@@ -345,7 +345,7 @@ def pretend(monkeypatch):
             speed = record | {"kind": "train", "tokens_per_s": 100.0 * len(trained)}
             validation = record | {"kind": "val", "loss": final, "bits_per_byte": 2 * final}
             run.out.mkdir(parents=True)
-            (run.out / "config.json").write_text(json.dumps({"config": vars(run.config), "device": "none"}))
+            (run.out / "config.json").write_text(json.dumps({"config": vars(run.config), "origin": {"device": "none"}}))
             (run.out / "log.jsonl").write_text(f"{json.dumps(speed)}\n{json.dumps(validation)}\n")
             return 0, ""
 
@@ -497,6 +497,16 @@ def test_what_a_comparison_leaves(uninterrupted, capsys):
     assert text.endswith("![loss.png](loss.png)\n![scalars-xsilu.png](scalars-xsilu.png)\n")
 
 
+def test_finished_runs_are_read_from_the_archive(uninterrupted, tmp_path, capsys):
+    """runs.jsonl stands for the folders: the same command trains nothing, and writes the same table and archive."""
+    grid, whole = uninterrupted
+    shutil.copy(whole / "runs.jsonl", tmp_path)
+    assert compare.main([*grid, f"--out={tmp_path}"]) == 0
+    assert capsys.readouterr().out.count("finished before") == 4 and not (tmp_path / "swiglu-seed=1").exists()
+    assert without_speed(tmp_path) == without_speed(whole)
+    assert (tmp_path / "runs.jsonl").read_bytes() == (whole / "runs.jsonl").read_bytes()
+
+
 def test_two_implementations_of_an_activation_train_alike(config, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "execute", in_this_process)
     out = tmp_path / "out"
@@ -511,18 +521,18 @@ def test_two_implementations_of_an_activation_train_alike(config, tmp_path, monk
 # a signal arrives or five minutes have passed. So the test below decides how far a run gets, not the machine's speed.
 HOLD = """
 import time
-import machine
-from run import Folder
+from plumbing import machine
+from plumbing.run import Run
 
-write_log = Folder.write_log
+write_log = Run.log
 
-def wait_and_write_log(folder, kind, step, *arguments, **values):
+def wait_and_write_log(run, kind, step, **values):
     deadline = time.monotonic() + 300
-    while step > 10 and (folder.out / "hold").exists() and not machine.stop_signal and time.monotonic() < deadline:
+    while step > 10 and (run.out / "hold").exists() and not machine.stop and time.monotonic() < deadline:
         time.sleep(0.01)
-    write_log(folder, kind, step, *arguments, **values)
+    write_log(run, kind, step, **values)
 
-Folder.write_log = wait_and_write_log
+Run.log = wait_and_write_log
 """
 
 
@@ -542,6 +552,7 @@ def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
     shutil.copytree(whole, out)
     run = out / "swiglu-seed=1"
     shutil.rmtree(run)  # the others are finished
+    (out / "runs.jsonl").unlink()
     run.mkdir()
     (run / "hold").touch()
     grid = [held, *lists, f"--out={out}"]

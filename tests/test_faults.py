@@ -25,11 +25,11 @@ import numpy as np
 import pytest
 import torch
 
-import files
 import train
-from activations import get_activation, load_derived
-from identity import own_source
-from run import read_checkpoint, save_checkpoint
+from activations import facts_of, load_derived
+from plumbing import files
+from plumbing.command import UserError
+from plumbing.run import check_facts, read_checkpoint, save_checkpoint
 from runs import ROOT, assert_same_losses, error, here, launch, log, run
 
 
@@ -379,7 +379,7 @@ def test_one_process_per_node_checks_the_checksums(tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checked.append(file))
     save_checkpoint(tmp_path, {"step": 3})
     for rank in range(4):
-        monkeypatch.setattr("run.LOCAL_RANK", rank)
+        monkeypatch.setattr("plumbing.run.LOCAL_RANK", rank)
         assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
     assert len(checked) == 1
 
@@ -404,7 +404,7 @@ def test_data_that_changed_under_a_run(config, tmp_path, out, corpus, capsys, mo
     path = next(data.glob("*_train_*"))
     shard = path.read_bytes()
     path.write_bytes(shard[:1024] + np.frombuffer(shard[1024:], "<u2")[::-1].tobytes())
-    message = f"the data have changed since the run began (training shards of {data})"
+    message = f"training shards changed since the run in {out} began: restore what it began with"
     assert message in error(capsys, config, "--resume")
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     path.write_bytes(shard)
@@ -437,42 +437,35 @@ def test_an_activation_that_changed_under_a_run(config, out, edited, capsys, mon
     evaluate, path = train.evaluate, edited("", "")
 
     def edited_meanwhile(*arguments):
-        edited("CUT = 0.5", "CUT = 0.25")
+        edited("2 * alpha_p * z", "3 * alpha_p * z")
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch:  # what counts is the code that the run began with
         patch.setattr(train, "evaluate", edited_meanwhile)
         finished = stopped(config, out, f"--activation={path}")
-    assert "has changed since the run began (CUT): restore it" in error(capsys, config, "--resume")
+    assert "what copy computes changed since the run in" in error(capsys, config, "--resume")
     edited("the integral", "ours")
-    assert "has changed since the run began (it was the integral, now ours)" in error(capsys, config, "--resume")
+    assert "the formula of copy changed since the run in" in error(capsys, config, "--resume")
     edited("# The table, row by row", "# So")
     here(config, "--resume")
     assert_same(out, finished)
 
 
-def test_the_source_of_an_activation(edited):
-    """It is the code and the constants that compute it, wherever they are, and nothing else."""
-    source = {name: own_source(get_activation(name).module()) for name in ("xielu", "xiprelu", "xiep", "relu2", "relu")}
-    assert {"XIELU", "xielu_fused", "value", "partials", "exp_remainder", "CUT", "DEGREE"} <= source["xielu"].keys()
-    assert {"xiprelu_value", "xiprelu_partials", "bounds"} <= source["xiprelu"].keys()
-    assert not {"value", "partials", "CUT", "COMPILE"} & source["xiprelu"].keys()  # another row of the table
-    assert {"xiep_value", "xiep_partials", "value", "partials"} <= source["xiep"].keys()
-    assert source["relu2"].keys() == {"ReLUSquared"} and not source["relu"]
+def test_what_an_activation_computes(edited):
+    """Its values and gradients count, and not the code that computes them."""
+    began = list(facts_of(str(edited("", ""))).values())
     for old, new, changed in [
-        ("COMPILE = False", "COMPILE = True", []),
-        ("def xielu_reference(", "def renamed(", []),
-        ('"""f(x), in at least float32."""', '"""So."""  # so', []),
-        ("CUT = 0.5", "CUT = 0.25", ["CUT"]),
-        ("float32: 8", "float32: 9", ["DEGREE"]),
-        ("math.log2(math.e)", "1.44", ["exp_terms"]),
-        ("2 * alpha_p * z", "3 * alpha_p * z", ["partials"]),
-        ("(alpha_p * z + beta) * z", "(alpha_p * z - beta) * z", ["value"]),
-        ('"alpha_p": (alpha_p, 0.0)', '"alpha_p": (alpha_p, 0.1)', ["XIELU", "bounds"]),
+        ("def xielu_reference(", "def renamed(", False),
+        ("CUT = 0.5", "CUT = 0.25", False),
+        ("float32: 8", "float32: 9", False),
+        ("math.log2(math.e)", "1.44", True),
+        ("2 * alpha_p * z", "3 * alpha_p * z", True),
+        ("(alpha_p * positive + beta) * positive", "(alpha_p * positive - beta) * positive", True),
+        ('"alpha_p": (alpha_p, 0.0)', '"alpha_p": (alpha_p, 0.1)', True),
     ]:
-        copied = own_source(get_activation(str(edited(old, new))).module())
-        assert copied.keys() == source["xielu"].keys()
-        assert sorted(name for name in copied if copied[name] != source["xielu"][name]) == changed
+        now = list(facts_of(str(edited(old, new))).values())
+        with pytest.raises(UserError) if changed else contextlib.nullcontext():
+            check_facts(dict(zip("ab", began)), dict(zip("ab", now)), "out")
 
 
 # ------------------------------------------------------------------------------------------------ two runs, one folder

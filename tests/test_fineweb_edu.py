@@ -9,8 +9,8 @@ from subprocess import PIPE, Popen
 import numpy as np
 import pytest
 
-from data import find_shards, read_meta
 from hub import SHA, Hub, write_dataset
+from plumbing.data import find_shards, read_meta
 from runs import ROOT
 
 # The same program with small batches, and with short waits instead of those that a real network needs
@@ -18,7 +18,8 @@ QUICK = """
 import sys, time
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
-import prepare_data, sources
+import prepare_data
+from plumbing import sources
 sources.PIECE = 5_000
 sys.exit(prepare_data.main(sys.argv[1:]))
 """

@@ -14,16 +14,16 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import sources
-from command import UserError
-from config import TYPES, Config, read_command
-from data import Corpus, find_shards, read_meta, shard_header
-from run import VERSION, read_checkpoint
+from plumbing import sources
+from plumbing.command import UserError
+from plumbing.data import Corpus, find_shards, read_meta, shard_header
+from plumbing.run import VERSION, read_checkpoint
+from train import Config
 
 # Every example rewrites the same files
 fuzz = settings(max_examples=150, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-KEYS = st.sampled_from(list(TYPES))
+KEYS = st.sampled_from(list(Config.defaults()))
 NUMBERS = st.integers() | st.floats() | st.integers(-3, 600)
 WORDS = st.sampled_from(["True", "false", "swiglu", "inverted", "1e400", "0x10"])
 TEXTS = st.text(max_size=12) | NUMBERS.map(str) | WORDS
@@ -47,7 +47,7 @@ def check_config(folder, content, *arguments):
     path = folder / "config.py"
     path.write_bytes(content)
     with refused_or_correct():
-        from_file, options = read_command([str(path), *arguments])
+        from_file, options = Config.read_command([str(path), *arguments])
         config = Config(**(from_file | options))
         config.check_batch(1)
         assert config.dim % config.n_heads == 0 and config.n_heads % config.n_kv_heads == 0
@@ -124,7 +124,7 @@ def test_documents_of_a_text(text):
         assert sorted(found) == sorted(part.strip() for part in documents if part.strip())
 
 
-PLAIN = {"step": 3, "seconds": 1.5, "loss_average": 2.5, "config": {"dim": 3}, "from_file": {}, "data": {}}
+PLAIN = {"step": 3, "seconds": 1.5, "loss_average": 2.5, "config": {"dim": 3}, "from_file": {}, "facts": {}}
 PLAIN |= {"version": VERSION}
 MODEL = {"weight": torch.arange(400, dtype=torch.float32)}
 OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}

@@ -12,10 +12,10 @@ import tiktoken
 import torch
 from tiktoken import _educational
 
-from command import UserError
-from config import ModelConfig
+from model import ModelConfig
+from plumbing.command import UserError
+from plumbing.tokenizer import get_tokenizer
 from runs import ODD_TEXTS, TINY, here, log, settings_restored
-from tokenizer import get_tokenizer
 from tools import hf, sample
 
 transformers = pytest.importorskip("transformers")

@@ -26,11 +26,11 @@ import pytest
 from tqdm import tqdm
 
 import prepare_data
-import sources
-from command import UserError
-from data import find_shards, read_meta
+from plumbing import sources, unfinished
+from plumbing.command import UserError
+from plumbing.data import find_shards, read_meta
+from plumbing.tokenizer import get_tokenizer
 from runs import ODD_TEXTS, ROOT
-from tokenizer import get_tokenizer
 
 
 def command(*arguments):
@@ -364,7 +364,7 @@ def killed_at(number, monkeypatch, *line):
         return call
 
     with monkeypatch.context() as patch, contextlib.suppress(Killed):
-        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (prepare_data, "open_shard")):
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (unfinished, "open_shard")):
             patch.setattr(owner, name, until_killed(getattr(owner, name)))
         main(*line)
         return False

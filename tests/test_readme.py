@@ -16,8 +16,8 @@ import pytest
 
 import prepare_data
 import train
-from config import Config, read_command
 from tools import bench, compare, derive
+from train import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,7 +70,7 @@ def test_training_commands(elsewhere):
     found = [command for command in COMMANDS if "train.py configs/" in command and "derived/" not in command]
     assert len(found) >= 6
     for command in found:
-        values, options = read_command(command.partition("train.py")[2].split())
+        values, options = Config.read_command(command.partition("train.py")[2].split())
         processes = math.prod(map(int, re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command)))
         Config(**(values | options)).check_batch(processes)
 
@@ -87,7 +87,7 @@ def test_bench_commands(elsewhere):
         if words[0] == "plan":
             assert bench.main(words) == 0
         elif others:
-            read_command(others)
+            Config.read_command(others)
 
 
 def test_compare_commands(elsewhere, capsys):
@@ -130,7 +130,7 @@ def test_an_activation_of_your_own(corpus, tmp_path):
     """Five lines in activations.py, nothing else: it trains and has its row. A copy of relu2 differs by exactly 0."""
     module, row = [block for kind, block in FENCE.findall(README) if kind == "python"]
     assert len(module.splitlines()) + len(row.splitlines()) == 5
-    for path in [*ROOT.glob("*.py"), ROOT / "tools", ROOT / "configs"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "tools", ROOT / "plumbing", ROOT / "configs"]:
         copy = shutil.copytree if path.is_dir() else shutil.copy
         copy(path, tmp_path / path.name)
     text = (tmp_path / "activations.py").read_text("utf-8")
@@ -157,21 +157,18 @@ def test_the_tables_are_those_of_the_results(name):
 
 
 def test_the_diagram_of_imports():
-    """Each file of the core imports what the arrows of the README lead from, and nothing else of the core."""
+    """Each file imports what stands to the left of its arrow in the README, its own room, and nothing else of ours."""
     diagram = next(block for _, block in FENCE.findall(README) if "→" in block)
-    before = {}
-    for line in diagram.splitlines()[:-1]:
-        steps = [part.strip().split(", ") for part in line.split("→")]
-        for left, right in zip(steps, steps[1:]):
-            for name in right:
-                before[name] = before.get(name, set()) | set(left)
-    for _ in before:  # an arrow leads from all that comes before it, too
-        before = {name: left.union(*(before.get(other, set()) for other in left)) for name, left in before.items()}
-    core = {path.stem for path in ROOT.glob("*.py")}
-    assert core == set(before).union(*before.values())
-    for name in core:
-        imported = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text("utf-8"), re.M))
-        assert name not in before.get(name, set()) and imported & (core | {"tools"}) <= before.get(name, set()), name
+    rooms = {}
+    for line in diagram.splitlines():
+        steps = [part.strip() for part in line.split("→")]
+        for place, room in enumerate(steps):
+            rooms[room] = {*steps[: place + 1], *rooms.get(room, ())}
+    assert set(rooms) == {path.stem for path in ROOT.glob("*.py")} | {"plumbing", "tools"}
+    for room, allowed in rooms.items():
+        for path in sorted((ROOT / room).glob("*.py")) or [ROOT / f"{room}.py"]:
+            imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text("utf-8"), re.M)) & rooms.keys()
+            assert imported <= allowed, path
 
 
 def test_tests_that_are_named_exist():
@@ -199,4 +196,4 @@ def test_every_config_says_how_to_prepare_its_data(path):
     found = [line.split()[2:] for line in text.splitlines() if line.startswith("python prepare_data.py")]
     assert found or "from configs." in text
     for words in found:
-        assert str(prepare_data.parse(words).out).endswith(read_command([str(path)])[0]["data"])
+        assert str(prepare_data.parse(words).out).endswith(Config.read_command([str(path)])[0]["data"])

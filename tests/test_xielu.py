@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from inverted import pack, unpack, xielu_inverted
 from model import MLP, ModelConfig
+from plumbing.inverted import pack, unpack, xielu_inverted
 from runs import ROOT
 from tools.bench import bytes_kept
 from xielu import XIELU, raw_parameter, xielu_fused, xielu_reference
 
 VERSIONS = {"reference": xielu_reference, "fused": xielu_fused}
 ALL_VERSIONS = VERSIONS | {"inverted": xielu_inverted}  # the inverted one's gradients are not as exact: see below
-CASES = json.loads((ROOT / "xielu_vectors.json").read_text("utf-8"))["cases"]
+CASES = json.loads((ROOT / "tools/xielu_vectors.json").read_text("utf-8"))["cases"]
 START = CASES[0]["raw_p"], CASES[0]["raw_n"]  # the raw scalars of XIELU()
 # of f and f′ in terms of their terms, and of the scalars' gradients
 TOLERANCE = {torch.float64: (1e-15, 1e-12), torch.float32: (1e-6, 1e-5), torch.bfloat16: (4e-3, 1e-3)}

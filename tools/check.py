@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, run_command
 from tools.hf import read_tensors
 
-VECTORS = json.loads((Path(__file__).parent.parent / "xielu_vectors.json").read_text("utf-8"))
+VECTORS = json.loads(Path(__file__).with_name("xielu_vectors.json").read_text("utf-8"))
 BETA, CASES = VECTORS["beta"], VECTORS["cases"]
 TOLERANCE = {getattr(torch, name): tolerance for name, tolerance in VECTORS["tolerance"].items()}
 RESULTS = ("f", "f′", "∂f/∂alpha_p", "∂f/∂alpha_n")

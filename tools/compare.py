@@ -33,18 +33,18 @@ from pathlib import Path
 
 import torch
 
-from activations import short_name
-from command import Parser, UserError, format_seconds, refuse_windows, run_command, whole_number
-from config import ROOT, TYPES, Config, read_command, typed
-from data import open_data, read_meta
-from files import lock_folder
-from identity import check_activation
-from machine import pick_device, pick_dtype
+from activations import facts_of, short_name
 from model import Llama
-from run import dtype_taken, median_speed, read_about, read_log
+from plumbing.command import Parser, UserError, format_seconds, refuse_windows, run_command, whole_number
+from plumbing.config import ROOT
+from plumbing.data import open_data, read_meta
+from plumbing.files import lock_folder
+from plumbing.machine import pick_device, pick_dtype
+from plumbing.run import check_facts, median_speed
 from tools import intervals, plot
+from tools.archive import read_archive, read_run, write_archive
 from tools.intervals import MOST_SEEDS, half_widths, mean, pooled, seeds_for, smallest_difference, student_interval
-from train import BAD_STEPS
+from train import BAD_STEPS, Config
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
@@ -94,7 +94,7 @@ def read_grid(argv, out, world, key=None):
     varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in rowless]
     runs = {}
     for arguments in itertools.product(*lists.values()):
-        from_file, options = read_command(arguments)
+        from_file, options = Config.read_command(arguments)
         keys = from_file | options
         case = {"activation": short_name(keys["activation"])} | {name: keys[name] for name in varied}
         tuned = {key: keys[key]} if key else {}
@@ -117,7 +117,7 @@ def share_dtype(runs, argv):
         return argv
     if len(auto) < len(runs):
         raise UserError("dtype=auto takes one of the other dtypes: leave it out of the list")
-    taken = [dtype for run in auto if (dtype := dtype_taken(run.out)) != "auto"]
+    taken = [about["config"]["dtype"] for run in auto if (about := read(run)[0])]
     dtype = taken[0] if taken else str(pick_dtype("auto", pick_device(auto[0].config.device), print))[6:]
     return [*argv, f"--dtype={dtype}"]
 
@@ -125,11 +125,11 @@ def share_dtype(runs, argv):
 def read_tune(text, argv):
     """(key, its values, sorted) of --tune; UserError if it cannot be tuned."""
     key, _, values = text.partition("=")
-    if TYPES.get(key) not in (int, float) or key == "seed":
+    if type(Config.defaults().get(key)) not in (int, float) or key == "seed":
         raise UserError(f"--tune={text}: give the values of a key that is a number, as in --tune=lr=1e-3,2e-3,4e-3")
     if any(argument.startswith(f"--{key}=") for argument in argv):
         raise UserError(f"{key} is tuned: leave out --{key}")
-    values = sorted(typed(key, value) for value in values.split(","))
+    values = sorted(Config.typed({key: value}, "in --tune")[key] for value in values.split(","))
     if len(values) < 2 or len(set(values)) < len(values) or values[0] <= 0:
         raise UserError(f"--tune={text}: give two or more values above 0, each of them once")
     return key, values
@@ -167,17 +167,22 @@ def check_matched(runs, unmatched):
 # Running it
 
 
+def read(run):
+    """(what its config.json says, the records of its log) of a run; (None, []) if it has not begun."""
+    begun = (run.out / "config.json").exists() or run.out.name in read_archive(run.out.parent)
+    return read_run(run.out) if begun else (None, [])
+
+
 def check_folder(run):
     """UserError if the run's folder holds a run with another config, or of an activation that has changed since."""
-    if not (run.out / "config.json").exists():
+    if not (about := read(run)[0]):
         return
-    about = read_about(run.out)
     try:
         for name, value in vars(run.config).items():
             saved = about["config"].get(name, value)
             if name not in ("out", "resume") and saved != value:
                 raise UserError(f"it has {name}={saved!r}, not {value!r}")
-        check_activation(about, run.config)
+        check_facts(about.get("facts", {}), facts_of(run.config.activation), run.out)
     except UserError as error:
         raise UserError(f"{run.out} cannot continue: {error}: choose another --out, or delete it") from None
 
@@ -185,7 +190,7 @@ def check_folder(run):
 def outcome(run):
     """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s"; {"loss": inf} if it
     has diverged, and None if it is not finished."""
-    records = read_log(run.out / "log.jsonl", run.config.max_steps)
+    records = [record for record in read(run)[1] if record["step"] <= run.config.max_steps]
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
     bad = [record["step"] for record in records if record["kind"] == "bad"][-BAD_STEPS:]
     gave_up = len(bad) == BAD_STEPS and bad[-1] - bad[0] == BAD_STEPS - 1 and bad[-1] == records[-1]["step"]
@@ -193,7 +198,8 @@ def outcome(run):
         return {"loss": math.inf}
     if not final:
         return None
-    return final[0] | {"tokens_per_s": median_speed(records)}
+    memory = [record.get("memory") for record in records if record["kind"] == "train"][-1:]
+    return final[0] | {"tokens_per_s": median_speed(records), "memory": memory[0] if memory else None}
 
 
 def finished(runs):
@@ -353,7 +359,7 @@ def summarize_row(runs, results, reference):
         "bits_per_byte": mean([result["bits_per_byte"] for result in results]),
         "reference": reference,
         **dict.fromkeys(["difference", "interval", "paired_difference", "paired_interval"]),
-        "tokens_per_s": mean([result["tokens_per_s"] for result in results]),
+        **{name: mean([result[name] for result in results]) for name in ("memory", "tokens_per_s")},
     }
 
 
@@ -420,6 +426,7 @@ def table(rows, key):
             "difference [95 % interval]": cell("{:+.4f}", row["difference"]) + either[0],
             "paired [95 % interval]": cell("{:+.4f}", row["paired_difference"]) + either[1],
             "tokens_per_s": cell("{:,.0f}", row["tokens_per_s"]),
+            **({"GB": cell("{:.1f}", row["memory"] and row["memory"] / 1e9)} if row["memory"] else {}),
         }
         lines.append(list(line.values()))
     lines.insert(0, list(line))
@@ -447,14 +454,15 @@ def describe_origin(runs, argv):
     """[where the results come from], in words. Where runs differ in it, all is said."""
     import scipy
 
-    abouts = [read_about(run.out) for run in runs if outcome(run)]
-    versions = [f"{name} {version}" for about in abouts for name, version in about.get("versions", {}).items()]
+    abouts = [read(run)[0] for run in runs if outcome(run)]
+    origins = [about.get("origin", {}) for about in abouts]
+    versions = [f"{name} {origin.get(name)}" for origin in origins for name in ("python", "torch", "numpy")]
     lists = {
         "Data": [describe_data(run.config.data) for run in runs],
         "Training": [f"{run.tokens:,} tokens per run" for run in runs],
-        "Commit": [about.get("commit") for about in abouts],
+        "Commit": [origin.get("commit") for origin in origins],
         "Versions": [*versions, f"scipy {scipy.__version__}"],
-        "Device": [f"{about.get('device')} in {about['config']['dtype']}" for about in abouts],
+        "Device": [f"{about.get('origin', {}).get('device')} in {about['config']['dtype']}" for about in abouts],
     }
     texts = [f"{name}: {', '.join(dict.fromkeys(map(str, values)))}" for name, values in lists.items()]
     return [f"Command: `{shlex.join(['python', '-m', 'tools.compare', *argv])}`", *texts]
@@ -538,7 +546,7 @@ def compare(argv):
         return 0
     for config in {(run.config.data, run.config.device): run.config for run in plan}.values():
         pick_device(config.device)
-        open_data(config, {}, print)
+        open_data(config, print)
     try:
         lock = lock_folder(out)
     except UserError:
@@ -564,6 +572,7 @@ def compare(argv):
         results = {"rows": rows, "resolutions": resolutions, "failed": failed, "tuned": key, "tuning": tuning}
         text = report(results, draw_figures(runs, tuning, key, out), describe_origin(runs, argv))
         write_results(results, text, out)
+        write_archive(out)
         print("\n" + text)
         print(f"results: {out}/results.md, .json, .csv and the figures")
     return 1 if wrong else 0

@@ -36,8 +36,8 @@ from sympy.codegen.cfunctions import expm1, log1p
 
 import xielu
 from activations import ACTIVATIONS, load_derived
-from command import Parser, UserError, refuse_windows, run_command
-from files import write_atomically
+from plumbing.command import Parser, UserError, refuse_windows, run_command
+from plumbing.files import write_atomically
 from tools.plot import line_style, new_figure, save
 
 FOLDER = Path("derived")

@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from command import Parser, UserError, run_command
-from files import write_atomically
-from run import read_about, read_log
+from plumbing.command import Parser, UserError, run_command
+from plumbing.files import write_atomically
+from plumbing.run import read_about, read_log
 
 POLL_SECONDS = 2
 

@@ -27,11 +27,11 @@ from textwrap import shorten
 
 import torch
 
-from command import Parser, UserError, run_command
-from config import Config, ModelConfig, typed_keys
-from model import Llama
-from run import save_checkpoint
+from model import Llama, ModelConfig
+from plumbing.command import Parser, UserError, run_command
+from plumbing.run import save_checkpoint
 from tools.sample import imported_tokenizer, load_run, own_encoding
+from train import Config
 
 # ---------------------------------------------------------------------------------------------------------------
 # The config
@@ -121,7 +121,7 @@ def our_config(folder):
     width = values.pop("mlp_dim")
     values["ffn_dim"] = width * 3 // 2 if model_type == "llama" else width
     try:
-        return ModelConfig(**typed_keys(values, f"in {path}")), hf.get("nanoxielu_tokenizer")
+        return ModelConfig(**ModelConfig.typed(values, f"in {path}")), hf.get("nanoxielu_tokenizer")
     except UserError as error:
         raise UserError(f"{path} does not make a model: {error}") from None
 
@@ -292,7 +292,7 @@ def import_folder(folder, out, options):
         "optimizers": [],
         "config": vars(config),
         "from_file": vars(config),
-        "data": {"tokenizer": tokenizer} if tokenizer else {},
+        "facts": {"tokenizer": tokenizer} if tokenizer else {},
     }
     out.mkdir(parents=True, exist_ok=True)
     lines = [f"{name} = {value!r}\n" for name, value in values.items() if name != "out"]
@@ -318,7 +318,7 @@ def convert(argv):
     if options.target.exists() and any(options.target.iterdir()):
         raise UserError(f"{options.target} is not empty: choose another folder")
     if options.command == "import":
-        import_folder(options.source, options.target, typed_keys(keys, "on the command line"))
+        import_folder(options.source, options.target, Config.typed(keys, "on the command line"))
     elif keys.keys() <= {"tokenizer"}:
         export_run(options.source, options.target, **keys)
     else:

@@ -18,8 +18,8 @@ import torch
 
 import xielu
 from activations import ACTIVATIONS, short_name
-from command import Parser, UserError, run_command
-from run import read_about, read_log
+from plumbing.command import Parser, UserError, run_command
+from tools.archive import read_run
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; after the seventh they come again, dashed
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
@@ -66,9 +66,10 @@ def read_groups(folders):
     group. Its label is the activation, and what else differs between groups."""
     runs = []
     for folder in map(Path, folders):
-        records = [record for record in read_log(folder / "log.jsonl") if record["kind"] == "val"]
+        about, records = read_run(folder)
+        records = [record for record in records if record["kind"] == "val"]
         validations = {record["tokens"]: record | {"loss": float(record["loss"])} for record in records}
-        runs.append((read_about(folder)["config"], validations))
+        runs.append((about["config"], validations))
         if not records:
             raise UserError(f"{folder} has no validation in its log yet: try again once train.py has printed one")
     if not runs:

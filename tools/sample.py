@@ -12,8 +12,7 @@
     --tokenizer=NAME           where the data's meta.json names none
     --device=auto --dtype=auto as in train.py
 
-A model has been trained on seq_len tokens at once. Of a longer prompt it reads the last seq_len. When a text reaches
-seq_len, the model forgets the older half and reads the newer half again, as if the text began there.
+A model has been trained on seq_len tokens at once. Of a longer text it reads the last seq_len.
 """
 
 import json
@@ -23,16 +22,16 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-import machine
 import xielu
-from command import Parser, UserError, run_command, whole_number
-from config import Config, check_limits, typed_keys
-from identity import check_activation
+from activations import facts_of
 from model import Llama
-from run import load_checkpoint
-from tokenizer import get_tokenizer
+from plumbing import machine
+from plumbing.command import Parser, UserError, run_command, whole_number
+from plumbing.config import check_limits
+from plumbing.run import check_facts, load_checkpoint
+from plumbing.tokenizer import get_tokenizer
+from train import Config
 
 
 def load_run(out, device, dtype):
@@ -44,47 +43,19 @@ def load_run(out, device, dtype):
     checkpoint = load_checkpoint(Path(out))
     if checkpoint is None:
         raise UserError(f"{out} has no ckpt.pt: give the folder of a run that has saved one")
-    config = Config(**typed_keys(checkpoint["config"], f"in {out}/ckpt.pt"))
-    check_activation(checkpoint, config)
+    config = Config(**Config.typed(checkpoint["config"], f"in {out}/ckpt.pt"))
+    check_facts(checkpoint["facts"], facts_of(config.activation), out)
     with torch.device(device):
         model = Llama(config, dtype, seed=None)
     model.load_state_dict(checkpoint["model"])
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.data = weight.data.to(dtype)
-    return model.eval(), config, checkpoint["data"].get("tokenizer")
+    return model.eval(), config, checkpoint["facts"].get("tokenizer")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-class Cache:
-    """The keys and values of the tokens that a model has read, (layers, 2, 1, kv heads, seq_len, D), so that each
-    further token costs one position."""
-
-    def __init__(self, model):
-        config = model.config
-        shape = (config.n_layers, 2, 1, config.n_kv_heads, config.seq_len, config.head_dim)
-        self.keys_values = torch.empty(shape, dtype=model.compute_dtype, device=model.cos.device)
-        self.model = model
-        self.tokens = 0
-
-    def read(self, tokens):
-        """Logits (vocab_size,) after these further tokens, a list. Only the first call may get several at once."""
-        model, start, end = self.model, self.tokens, self.tokens + len(tokens)
-        cos, sin = model.cos[start:end], model.sin[start:end]
-        x = model.embed_tokens(torch.tensor([tokens], device=cos.device)).to(model.compute_dtype)
-        for layer, (keys, values) in zip(model.layers, self.keys_values[..., :end, :]):
-            q, k, v = layer.self_attn.qkv(layer.input_layernorm(x), cos, sin)
-            keys[..., start:, :], values[..., start:, :] = k, v
-            grouped = q.shape[1] != k.shape[1]
-            # one token sees all before it; several, at the start, those before each
-            y = F.scaled_dot_product_attention(q, keys, values, is_causal=len(tokens) > 1, enable_gqa=grouped)
-            x = x + layer.self_attn.output(y)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        self.tokens = end
-        return model.lm_head(model.norm(x[0, -1]))
 
 
 def choose(logits, temperature, top_k, generator):
@@ -99,16 +70,12 @@ def choose(logits, temperature, top_k, generator):
 
 @torch.inference_mode()
 def generate(model, prompt, count, temperature, top_k, generator):
-    """Yield `count` tokens that follow the prompt (a list of tokens, at least one)."""
-    limit = model.config.seq_len
-    text, cache = list(prompt), Cache(model)
-    unread = text[-limit:]
+    """Yield `count` tokens that follow the prompt (a list of tokens, at least one). Each is chosen by what the last
+    seq_len tokens say: nothing is cached, which a training program's texts do not need."""
+    text, limit = list(prompt), model.config.seq_len
     for _ in range(count):
-        if cache.tokens == limit:
-            cache.tokens = 0
-            unread = text[-max(1, limit // 2) :]
-        text.append(choose(cache.read(unread), temperature, top_k, generator))
-        unread = text[-1:]
+        seen = torch.tensor([text[-limit:]], device=model.cos.device)
+        text.append(choose(model.lm_head(model.hidden(seen)[0, -1]), temperature, top_k, generator))
         yield text[-1]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from mpmath import exp, expm1, log, log1p, mpf, workdps
 
-PATH = Path(__file__).parent.parent / "xielu_vectors.json"
+PATH = Path(__file__).with_name("xielu_vectors.json")
 BETA = 0.5
 # The effective scalars: the start; a small αp, and αn just above β; both large; two pairs in between
 ALPHAS = [(0.8, 0.8), (0.01, 0.501), (10, 10), (0.3, 1.5), (2.5, 0.6)]

@@ -1,0 +1,64 @@
+"""Command lines: how options are read, and how a mistake becomes one line and a status."""
+
+import argparse
+import os
+import sys
+import time
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct. Its text is one line that says what is wrong and how to fix it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors. --help is left to run_command."""
+
+    def __init__(self, prog):
+        super().__init__(prog=prog, add_help=False, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def whole_number(text):
+    """A whole number of at least 1 from 1000000, 1_000_000 or 1e6."""
+    try:
+        value = float(text)
+        if value >= 1 and value.is_integer():
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+
+
+def format_seconds(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def refuse_windows(program):
+    """UserError on Windows, which lacks the signals that a program uses."""
+    if sys.platform == "win32":
+        raise UserError(f"{program} needs Linux, macOS or WSL: it uses signals that Windows lacks")
+
+
+def run_command(command, argv, doc, interrupted="interrupted"):
+    """Run command(argv) and return the exit status: what it returns, or 0 for None; 2 after a UserError, which is
+    printed as one line; 130 after Ctrl-C, which prints `interrupted`. --help prints `doc` instead."""
+    if "--help" in argv or "-h" in argv:
+        print(doc.strip())
+        return 0
+    try:
+        return command(argv) or 0
+    except (UserError, OSError) as error:
+        # Of processes that torchrun started, the first prints, and torchrun ends the others. If it does not, the first
+        # one of each node prints.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130

@@ -1,0 +1,143 @@
+"""Where the values of keys come from: defaults, a Python file, the command line; each replaces those before.
+
+The file is executed, so it can import another one. Until the values are complete they stay plain dicts, so that every
+object of `Keys` is valid.
+"""
+
+import difflib
+import math
+import runpy
+from dataclasses import field, fields
+from pathlib import Path
+
+from plumbing.command import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def key(default, help, low=-math.inf, below=math.inf, most=math.inf, choices=None):
+    """A config key. A number must satisfy low ≤ number < below and number ≤ most; a text must be one of the choices."""
+    limits = {"low": low, "below": below, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def check_limits(name, value, help="", low=-math.inf, below=math.inf, most=math.inf, choices=None):
+    """UserError unless a value is within the limits of its key."""
+    if choices and value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    if isinstance(value, int | float) and not (low <= value < below and value <= most):
+        limits = f"at least {low}"
+        limits += f" and below {below}" if below < math.inf else ""
+        limits += f" and at most {most}" if most < math.inf else ""
+        raise UserError(f"{name} must be {limits}, not {value}")
+
+
+def check_divides(tokens_per_step, micro_batch_size, seq_len, processes):
+    """UserError, with values that would divide, unless tokens_per_step is whole micro-batches on each process."""
+    sequence = seq_len * processes  # tokens of one sequence on every process
+    micro_batch = sequence * micro_batch_size
+    if tokens_per_step % micro_batch == 0:
+        return
+    if tokens_per_step % sequence == 0:
+        sequences = tokens_per_step // sequence
+        fits = [str(size) for size in range(1, min(sequences, 256) + 1) if sequences % size == 0]
+        hint = f"micro_batch_size may be {', '.join(fits)}"
+    else:
+        below = tokens_per_step // micro_batch * micro_batch
+        hint = f"the nearest tokens_per_step is {f'{below} or ' if below else ''}{below + micro_batch}"
+    raise UserError(
+        f"tokens_per_step={tokens_per_step} does not divide into micro_batch_size={micro_batch_size} "
+        f"sequences of {seq_len} on {processes} process(es): {hint}"
+    )
+
+
+class Keys:
+    """The base of a frozen dataclass whose fields are made by `key`."""
+
+    FIXED = ()  # names of keys that a resumed run must not change
+
+    def __post_init__(self):
+        for item in fields(self):
+            check_limits(item.name, getattr(self, item.name), **item.metadata)
+
+    @classmethod
+    def defaults(cls):
+        return {item.name: item.default for item in fields(cls)}
+
+    @classmethod
+    def typed(cls, values, where):
+        """{key: value in its type} of raw ones, from Python or the command line. For an unknown key, a UserError that
+        names the nearest known one."""
+        kinds = {item.name: item.type for item in fields(cls)}
+        for name in values:
+            if name not in kinds:
+                nearest = difflib.get_close_matches(name, kinds, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else "train.py --help lists all keys"
+                raise UserError(f"unknown key {name!r} {where}: {hint}")
+        return {name: typed(name, kinds[name], value) for name, value in values.items()}
+
+    @classmethod
+    def read_file(cls, path):
+        """{key: value} that a config file assigns."""
+        if not Path(path).is_file():
+            nearby = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
+            raise UserError(f"there is no config {path}: there are {nearby}")
+        try:
+            values = runpy.run_path(str(path))
+        except (Exception, SystemExit) as error:
+            reason = str(error).strip().splitlines() or [""]
+            raise UserError(f"config {path} does not run: {type(error).__name__}: {reason[0]}") from None
+        helper = (type(math), type, type(len), type(key))  # modules, classes and functions that a config may import
+        values = {name: value for name, value in values.items() if name[0] != "_" and not isinstance(value, helper)}
+        return cls.typed(values, f"in {path}")
+
+    @classmethod
+    def read_command(cls, argv):
+        """({key: value} of defaults and file, {key: value} of the command line) of `CONFIG.py --key=value …`."""
+        files = [argument for argument in argv if not argument.startswith("--")]
+        if len(files) != 1:
+            raise UserError(f"give one config file, as in train.py configs/demo.py, not {' '.join(files) or 'none'}")
+        pairs = [argument[2:].partition("=") for argument in argv if argument.startswith("--")]
+        options = cls.typed({name: value if equals else True for name, equals, value in pairs}, "on the command line")
+        if not options.get("out", True):  # --out= means the default
+            del options["out"]
+        from_file = cls.defaults() | cls.read_file(files[0])
+        return from_file | {"out": from_file["out"] or f"out/{Path(files[0]).stem}"}, options
+
+    @classmethod
+    def resumed(cls, saved, from_file, options):
+        """The object to resume with, from {"config": …, "from_file": …} of a checkpoint: the saved config, changed by
+        what the config file says now and did not say then, and by the command line. UserError if that changes a FIXED
+        key."""
+        then = saved["from_file"]
+        changes = {name: value for name, value in from_file.items() if value != then.get(name, value)} | options
+        for name in cls.FIXED:
+            if name in changes and changes[name] != saved["config"][name]:
+                raise UserError(
+                    f"--resume cannot change {name} from {saved['config'][name]!r} to {changes[name]!r}: "
+                    f"leave it out, or start a new run with another --out"
+                )
+        return cls(**(from_file | saved["config"] | changes))
+
+    @classmethod
+    def help(cls):
+        """A line for each key."""
+        lines = [f"  --{item.name}={item.default}".ljust(34) + item.metadata["help"] for item in fields(cls)]
+        return "\n".join(["Keys, with their defaults:\n", *lines])
+
+
+def typed(name, kind, value):
+    """A value in the type `kind` of its key; UserError if it has none."""
+    try:
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind in (int, float) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number) and (kind is float or number.is_integer()):
+                return kind(number)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        pass
+    raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")

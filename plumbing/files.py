@@ -1,0 +1,48 @@
+"""Files that are never half written, and folders that have one writer."""
+
+import os
+
+from plumbing.command import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file and rename it to `path`, so that a file of this name is always complete.
+    Returns what write returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            result = write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return result
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def lock_folder(folder, wait=False):
+    """Create a folder and lock it. Returns an open file that holds the lock until it is closed or the process dies,
+    however it dies. If another process has the lock, wait for it, or raise UserError. NotADirectoryError if a file
+    is in the folder's place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        text = f"{folder} cannot be a folder, since a file is in its place: choose another --out"
+        raise NotADirectoryError(text) from None
+    file = open(folder / "lock", "a")
+    if not fcntl:
+        print(f"warning: Windows does not lock folders: start one run in {folder} at a time")
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"another process writes to {folder}: wait until it ends, or choose another --out") from None
+    except OSError as error:
+        print(f"warning: {folder} is on a disk without locks ({error.strerror}): start one run in it at a time")
+    return file

@@ -1,0 +1,279 @@
+"""The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it, and none
+of its files is ever half written."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing import machine
+from plumbing.command import UserError, format_seconds
+from plumbing.files import lock_folder, write_atomically
+from plumbing.machine import LOCAL_RANK, RANK, RESTARTS, WORLD, device_name, git_commit, say
+
+# To be increased when older checkpoints no longer load
+VERSION = 4
+SPIKE = 1.5  # a loss this many times its running average is called a spike
+# How the numbers of a record are shown
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "perplexity": "perplexity {:.3f}",
+    "bits_per_byte": "bits/byte {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad {:.3f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "mfu {:.1%}",
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_checkpoint(path):
+    """What save_checkpoint wrote; UserError with a reason if it is damaged or something else."""
+    try:
+        # torch.load does not look at the checksums that torch.save wrote. One process per node does.
+        if LOCAL_RANK == 0 and zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum does not match")
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        version = checkpoint.get("version")
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(reason[0]) from None
+    if version != VERSION:
+        raise UserError("it was written by another version of train.py, with which it can be resumed")
+    return checkpoint
+
+
+def kept_checkpoints(out):
+    """The numbered checkpoints in a run's folder, newest first; ckpt.pt is another name of the first."""
+    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
+
+
+def load_checkpoint(out):
+    """The newest checkpoint of a run, or None if it has none. If it is damaged, a UserError offers the one before."""
+    path = out / "ckpt.pt"
+    if not path.exists():
+        return None
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        hint = "choose another --out to start over"
+        for older in kept_checkpoints(out):
+            try:
+                read_checkpoint(older)
+                hint = f"continue from the one before with  cp {older} {path}"
+                break
+            except UserError:
+                continue
+        raise UserError(f"checkpoint {path} cannot be read ({error}): {hint}") from None
+
+
+def read_log(path, step=math.inf):
+    """The records of a log up to `step`. Lines that are not records, such as a torn last one, are left out."""
+    records = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+            if record["kind"] in ("train", "val", "bad") and record["step"] <= step:
+                records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return records
+
+
+def median_speed(records):
+    """The median tokens per second of a log, without the first step, which compiles; None if there is no other. The
+    median, because the machine may have been busy with something else for a while."""
+    speeds = [record["tokens_per_s"] for record in records if record["kind"] == "train" and record["step"] > 1]
+    return statistics.median(speeds) if speeds else None
+
+
+def read_about(out):
+    """What config.json of a run says: {"config": …, "facts": …, …}; UserError if there is none."""
+    try:
+        about = json.loads((out / "config.json").read_text("utf-8"))
+        int(about["config"]["max_steps"])
+        return about
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
+
+
+def dtype_taken(out, saved=None):
+    """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
+    machine may be busier now, and decide otherwise."""
+    try:
+        return read_about(out)["config"]["dtype"]
+    except (UserError, KeyError):
+        return saved["config"]["dtype"] if saved else "auto"
+
+
+def check_facts(began, now, out):
+    """UserError if one of the facts {name: value} with which a run began is another now. Numbers may differ by
+    rounding; a fact that the run does not have is not compared."""
+
+    def same(a, b):
+        return np.allclose(a, b, rtol=1e-5, atol=1e-8) if isinstance(a, list) and len(a) == len(b) else a == b
+
+    if changed := [name for name, fact in now.items() if not same(fact, began.get(name, fact))]:
+        raise UserError(
+            f"{', '.join(changed)} changed since the run in {out} began: restore what it began with, or start a new "
+            f"run with another --out"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(out, checkpoint, keep=1):
+    """Write ckpt.pt and, to keep several, another name for it by its step; remove those beyond `keep`."""
+    write_atomically(out / "ckpt.pt", lambda file: torch.save(checkpoint | {"version": VERSION}, file))
+    if keep > 1:
+        numbered = out / f"ckpt_{checkpoint['step']:08d}.pt"
+        numbered.unlink(missing_ok=True)
+        try:
+            os.link(out / "ckpt.pt", numbered)
+        except OSError:  # a file system without links
+            shutil.copy(out / "ckpt.pt", numbered)
+    for old in kept_checkpoints(out)[keep if keep > 1 else 0 :]:
+        old.unlink()
+
+
+class Run:
+    """A run and its folder, to which the first process writes; the others keep track of `saved` alone. A full disk does
+    not end the run: the old checkpoint stays, and lines of the log wait in memory."""
+
+    def __init__(self, Config, from_file, options):
+        """Begin or resume the run that a config file and a command line describe. Nothing is written yet, so that a run
+        that is refused leaves nothing behind."""
+        asked = from_file | options
+        self.out, resume = Path(asked["out"]), asked["resume"] or RESTARTS > 0
+        self.lock = lock_folder(self.out) if RANK == 0 and self.out.exists() else None
+        self.loaded = saved = load_checkpoint(self.out) if resume else None  # until `restore` has loaded it
+        if resume and asked["dtype"] == "auto":
+            options = options | {"dtype": dtype_taken(self.out, saved)}
+        if saved:
+            self.config = Config.resumed(saved, from_file, options | {"out": asked["out"]})
+        else:
+            self.config = Config(**(from_file | options))
+        self.config.check_batch(WORLD)
+        self.from_file = from_file
+        self.start, self.saved = (
+            (saved["step"], saved["step"]) if saved else (0, None)
+        )  # saved: the newest checkpoint's
+        self.seconds, self.loss_average = (saved["seconds"], saved["loss_average"]) if saved else (0.0, None)
+        self.facts = saved["facts"] if saved else {}  # what must not change before the run ends
+        self.records = read_log(self.out / "log.jsonl", self.start) if saved else []
+        if self.start > self.config.max_steps:
+            limit = f"max_steps={self.config.max_steps}"
+            raise UserError(f"the run in {self.out} is at step {self.start}, beyond {limit}: raise it")
+        if RANK == 0 and not resume and any((self.out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
+            raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out")
+        if resume and not saved:
+            say(f"{self.out} has no checkpoint: starting from scratch")
+        self.validated = {record["step"] for record in self.records if record["kind"] == "val"}
+
+    @property
+    def finished(self):
+        return self.start == self.config.max_steps and self.start in self.validated
+
+    def keep(self, facts):
+        """Check that these facts are those with which the run began, and keep them in each checkpoint."""
+        check_facts(self.facts, facts, self.out)
+        self.facts = facts
+
+    def restore(self, model, optimizers):
+        """Load what the checkpoint holds, if there is one."""
+        if self.loaded:
+            model.load_state_dict(self.loaded["model"])
+            for optimizer, state in zip(optimizers, self.loaded["optimizers"]):  # an imported model has none
+                groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
+                optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+            say(f"resuming {self.out} at step {self.start}")
+        self.loaded = None
+
+    def open(self, device, dtype):
+        """Write config.json and the log so far, and open the log for more."""
+        # config.json says what auto took, and what the activation was before somebody edits it during the run
+        self.about = {"config": vars(self.config) | {"dtype": str(dtype)[6:]}, "facts": self.facts}
+        self.unwritten = bytearray()
+        if RANK == 0:
+            self.lock = self.lock or lock_folder(self.out)
+            origin = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+            origin |= {"device": device_name(device), "commit": git_commit()}
+            about = self.about | {"origin": origin}
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_atomically(self.out / "config.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+            write_atomically(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
+            self.log_file = open(self.out / "log.jsonl", "ab", buffering=0)
+
+    def save(self, step, model, optimizers):
+        """Write a checkpoint, if it can be written; `saved` tells. Returns the seconds that it took."""
+        began = time.perf_counter()
+        checkpoint = {"step": step, "seconds": self.seconds, "loss_average": self.loss_average}
+        checkpoint |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        try:
+            if RANK == 0:
+                os.fsync(self.log_file.fileno())  # the log has all lines up to this step
+                checkpoint |= self.about | {"from_file": self.from_file}
+                save_checkpoint(self.out, checkpoint, self.config.keep_checkpoints)
+            self.saved = step
+        except (OSError, RuntimeError) as error:
+            # torch raises an error of its own on top of the system's
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+            say(f"warning: no checkpoint at step {step} ({reason}); {self.newest}, and training continues")
+        return time.perf_counter() - began
+
+    @property
+    def newest(self):
+        """Which checkpoint there is, in words."""
+        return "there is no checkpoint" if self.saved is None else f"the last checkpoint is that of step {self.saved}"
+
+    def is_spike(self, loss):
+        """Whether a loss is far above the average of the last 50 or so, of which it becomes a part."""
+        average = loss if self.loss_average is None else self.loss_average
+        self.loss_average = 0.98 * average + 0.02 * loss
+        return loss > SPIKE * average
+
+    def log(self, kind, step, **values):
+        """Print a record, and append it to the log."""
+        say(f"step {step}/{self.config.max_steps}  " + self.shown(kind, step, values))
+        if RANK:
+            return
+        # JSON has no number for ∞ and NaN
+        values = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        tokens = step * self.config.tokens_per_step
+        record = {"kind": kind, "step": step, "tokens": tokens, "seconds": self.seconds, **values}
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            while self.unwritten:
+                del self.unwritten[: self.log_file.write(self.unwritten)]
+        except OSError as error:
+            say(f"warning: {self.out}/log.jsonl cannot be written ({error.strerror}); its lines are kept for later")
+
+    def shown(self, kind, step, values):
+        """A record in words."""
+        if kind == "train" and step <= self.start + 1:  # the first step compiles, so its rate says nothing
+            values = values | {"tokens_per_s": None, "mfu": None}
+        words = [form.format(values[name]) for name, form in SHOWN.items() if values.get(name) is not None]
+        if speed := values.get("tokens_per_s"):
+            left = (self.config.max_steps - step) * self.config.tokens_per_step / speed
+            words.append(f"{format_seconds(self.seconds)} elapsed, {format_seconds(left)} left")
+        words += ["spike"] * values.get("spike", False)
+        return "val " * (kind == "val") + "  ".join(words) + ": not finite, update left out" * (kind == "bad")
+
+    def stopped(self, step):
+        """Say where a signal stopped the run; returns the exit status."""
+        say(f"stopped at step {step}, " + ("checkpoint saved" if self.saved == step else self.newest))
+        return 128 + (machine.stop or signal.SIGTERM)
