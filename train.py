@@ -42,11 +42,12 @@ class Config(ModelConfig):
     micro_batch_size: int = key(16, "sequences that a process computes at once; the rest is accumulated", low=1)
     # schedule and optimizer
     max_steps: int = key(1000, "number of updates", low=1)
+    tokens_per_parameter: float = key(0.0, "sets max_steps by the model's size, without activation scalars", low=0)
     optimizer: str = key("adamw", "muon takes the layers' matrices, adamw the rest", choices=("adamw", "muon"))
     lr: float = key(1e-3, "peak learning rate", low=0)
     alpha_lr: float = key(1.0, "learning rate of the activation scalars, in multiples of lr", low=0)
-    warmup_steps: int = key(100, "updates of linear warm-up", low=0)
-    decay_steps: int = key(200, "last updates, in which the learning rate falls to 0 as 1 - sqrt", low=0)
+    warmup_steps: float = key(100, "updates of linear warm-up; below 1, a share of max_steps", low=0)
+    decay_steps: float = key(200, "last updates, or their share, in which lr falls to 0 as 1 - sqrt", low=0)
     weight_decay: float = key(0.1, "on everything but the activation scalars", low=0)
     beta1: float = key(0.9, "of AdamW", low=0, below=1)
     beta2: float = key(0.95, "of AdamW", low=0, below=1)
@@ -60,7 +61,7 @@ class Config(ModelConfig):
     deterministic: bool = key(False, "the same losses, bit for bit, on CUDA too, but slower; a CPU always does so")
     # run
     out: str = key("", "folder of the run; default out/NAME, after the config file")
-    eval_every: int = key(100, "steps between validations (also at the first and the last step)", low=1)
+    eval_every: float = key(100, "steps between validations, or their share; also at the first and last step", low=1e-9)
     eval_tokens: int = key(1_000_000, "validation tokens to predict, at most all", low=1)
     log_every: int = key(10, "steps between lines of the log", low=1)
     checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)", low=1)
@@ -71,12 +72,33 @@ class Config(ModelConfig):
     FIXED = (*(item.name for item in fields(ModelConfig)), "seed", "tokens_per_step", "optimizer")
 
     def __post_init__(self):
+        """Replace what depends on the model's size or on max_steps by numbers of steps, and check them. The config that
+        is saved holds these numbers."""
         super().__post_init__()
+        steps = {"max_steps": self.max_steps, "tokens_per_parameter": 0.0}
+        if self.tokens_per_parameter:
+            with torch.device("meta"):
+                model = Llama(self)
+            parameters = model.num_parameters() - sum(scalar.numel() for scalar in model.activation_scalars())
+            steps["max_steps"] = max(1, round(self.tokens_per_parameter * parameters / self.tokens_per_step))
+        for name, least in (("warmup_steps", 0), ("decay_steps", 0), ("eval_every", 1)):
+            value = getattr(self, name)
+            steps[name] = max(least, round(value * steps["max_steps"] if value < 1 else value))
+        for name, value in steps.items():
+            object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
         if self.warmup_steps + self.decay_steps > self.max_steps:
             raise UserError(
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
                 f"max_steps={self.max_steps}: lower them, or raise max_steps"
             )
+
+    @classmethod
+    def read_command(cls, argv):
+        from_file, options = super().read_command(argv)
+        if "max_steps" in options:  # it replaces the file's tokens_per_parameter
+            if options.setdefault("tokens_per_parameter", 0.0):
+                raise UserError("max_steps and tokens_per_parameter both set the length of the run: give one of them")
+        return from_file, options
 
     def check_batch(self, processes):
         """UserError, with values that would divide, unless tokens_per_step is whole micro-batches on each process."""
