@@ -1,5 +1,5 @@
-"""The comparison for a CPU: 0.2 million parameters with the proportions of the 1.1B model, on budgets of up to 111 tokens
-per parameter, the paper's ratio. Its data, one of two:
+"""The comparison for a CPU: 0.2 million parameters with the proportions of the 1.1B model, on budgets of up to 111
+tokens per parameter, the paper's ratio. Its data, one of two:
 
 python prepare_data.py fineweb-edu --tokenizer=bytes --tokens=4e7 --out=data/english
 

@@ -70,19 +70,22 @@ def pick_dtype(name, device, tell=lambda text: None):
     return dtype
 
 
+def linear_speed(dtype):
+    """FLOP/s of a linear layer on this CPU, timed."""
+    x, weight = torch.randn(4096, 384).to(dtype), torch.randn(1536, 384).to(dtype)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        F.linear(x, weight)
+        seconds.append(time.perf_counter() - began)
+    return 2 * x.numel() * len(weight) / min(seconds)
+
+
 def faster_dtype():
     """(dtype, reason) by timing a linear layer on this CPU. No flag tells: with AVX512-BF16 alone, bfloat16 is
     several times as fast as float32 on an AMD EPYC, and slower on an Intel Xeon (results/README.md)."""
-    speeds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.randn(4096, 384).to(dtype), torch.randn(1536, 384).to(dtype)
-        seconds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            F.linear(x, weight)
-            seconds.append(time.perf_counter() - began)
-        speeds[dtype] = 2 * x.numel() * len(weight) / min(seconds) / 1e9
-    told = " and ".join(f"{speed:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, speed in speeds.items())
+    speeds = {dtype: linear_speed(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    told = " and ".join(f"{speed / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, speed in speeds.items())
     # if linear layers gain less than this, casts and everything else in a step eat it up
     faster = speeds[torch.bfloat16] >= 1.3 * speeds[torch.float32]
     return torch.bfloat16 if faster else torch.float32, f"a linear layer computes {told} here"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from activations import ACTIVATIONS, Activation
+from plumbing.command import UserError
 from tools import plot
 
 
@@ -45,31 +46,46 @@ def test_loss(fake_run, axes_of):
     left, right = axes_of(plot.draw_loss, [folder for folder, _ in runs])
     assert np.allclose(curves(left)["relu2"], [[10_000, 3.1], [20_000, 2.2]])  # the untrained model is left out
     assert np.allclose(curves(left)["xielu"], [[10_000, 3.0], [20_000, 2.05], [30_000, 1.0]])
-    assert np.allclose(band(left, 0), (2.0, 2.4))
-    # paired: 1.8 − 2.0 and 2.3 − 2.4
+    assert len(left.lines) == 4 + 2  # a thin line for each seed
+    # of one seed: 1.8 − 2.0 and 2.3 − 2.4; two rows and two seeds make Student's interval with one degree of freedom
     assert np.allclose(curves(right)["xielu"], [[10_000, -0.1], [20_000, -0.15]])
-    assert np.allclose(curves(right)["relu2"], [[10_000, 0], [20_000, 0]])
-    assert np.allclose(band(right, 1), (-0.2, -0.1))
-    assert "nats" in left.get_ylabel() and "tokens" in left.get_xlabel() and "relu2" in right.get_ylabel()
+    half = 12.7062 * 0.05
+    assert np.allclose(band(right, 0), (-0.15 - half, -0.15 + half), rtol=1e-4)
+    assert "nats" in left.get_ylabel() and "tokens" in left.get_xlabel() and "relu2, 2 seeds" in right.get_ylabel()
 
 
-def test_budgets_that_differ_share_an_axis(fake_run, axes_of):
-    short, _ = fake_run("relu2", 1, [5.0, 3.0, 2.0])
-    long, _ = fake_run("relu2", 1, [5.0, 4.0] + [3.0] * 199, folder="long")  # 2 million tokens
-    left, _ = axes_of(plot.draw_loss, [short, long])
-    assert [line.get_xdata()[-1] for line in left.lines] == [20_000, 2_000_000]
-    assert left.xaxis.get_major_formatter()(2_000_000) == "2M"
-
-
-def test_runs_that_have_no_validation_in_common_or_diverged(fake_run, axes_of):
+def test_runs_that_share_no_seed_or_diverged(fake_run, axes_of):
     first, _ = fake_run("relu2", 1, [5.0, 3.0, 2.0])
-    other, _ = fake_run("xielu", 1, [5.0, 3.0, 2.0])
     diverged, _ = fake_run("gelu", 1, [5.0, 3.0, float("nan")])
-    log = (other / "log.jsonl").read_text()
-    (other / "log.jsonl").write_text(log.replace('"tokens": 10000', '"tokens": 11000').replace("20000", "21000"))
-    left, right = axes_of(plot.draw_loss, [first, other, diverged])
-    assert len(left.lines) == 3 and len(right.lines) == 2  # the first run's, which is 0, and the diverged run's
-    assert all(map(np.isfinite, right.get_ylim()))
+    left, right = axes_of(plot.draw_loss, [first, diverged])
+    assert all(map(np.isfinite, (*left.get_ylim(), *right.get_ylim())))
+    with pytest.raises(UserError, match="relu2, xielu share no seed"):
+        plot.draw_loss([first, fake_run("xielu", 2, [5.0, 3.0, 2.0])[0]], None)
+
+
+def row_of(activation, ratio, difference, half):
+    interval = None if half is None else [difference - half, difference + half]
+    name, reference = f"{activation} tokens_per_parameter={ratio}", f"xielu tokens_per_parameter={ratio}"
+    sizes = {"activation": activation, "tokens": 1000 * ratio, "parameters": 1000, "seeds": [1, 2]}
+    return sizes | {"name": name, "reference": reference, "difference": difference, "interval": interval}
+
+
+def test_budget_and_difference(axes_of):
+    rows = [row_of("relu2", 10, -0.02, 0.01), row_of("relu2", 40, 0.03, 0.01), row_of("gelu", 10, 0.01, None)]
+    rows += [row_of("xielu", ratio, None, None) for ratio in (10, 40)]
+    (axis,) = axes_of(plot.draw_budget, rows)
+    lines = {line.get_color(): line.get_xydata() for line in axis.lines if line.get_linewidth() == 1.6}
+    assert np.allclose(list(lines.values())[0], [[10, -0.02], [40, 0.03]]) and axis.get_xscale() == "log"
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["10", "40"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["xielu", "relu2", "gelu"]
+    bar = axis.containers[0].lines[2][0].get_segments()[0]
+    assert np.allclose(bar[:, 1], [-0.03, -0.01])
+    (axis,) = axes_of(plot.draw_difference, rows[:1])
+    assert np.allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 0], [-0.03, -0.01])
+    assert "2 seeds" in axis.get_yticklabels()[0].get_text()
+    for draw in (plot.draw_budget, plot.draw_difference):
+        with pytest.raises(UserError, match="no difference to draw"):
+            draw(rows[3:], None)
 
 
 def test_tuning(axes_of):

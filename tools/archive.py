@@ -37,10 +37,11 @@ def read_archive(folder):
     return archive
 
 
-def write_archive(folder):
-    """Write the archive of all runs in a folder, those that are in its archive already included."""
-    names = {path.parent.name for path in folder.glob("*/config.json")} | read_archive(folder).keys()
-    runs = {name: read_run(folder / name) for name in sorted(names)}
+def write_archive(folder, names):
+    """Write the archive of the runs of these names in a folder; those that are in its archive already stay."""
+    runs = {name: read_run(folder / name) for name in sorted(names | read_archive(folder).keys())}
+    if not runs:
+        return
     abouts = [about for about, _ in runs.values()]
     shared = {
         part: {name: value for name, value in values.items() if all(a[part].get(name) == value for a in abouts)}

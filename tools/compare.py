@@ -2,28 +2,32 @@
 
     python -m tools.compare configs/demo.py --activation=xielu,relu2,swiglu --seed=1,2,3
 
-Any key of train.py may take a list. The runs are all combinations, and each is a plain train.py run in a folder of its
-own. The same command again continues where it stopped, and runs nothing twice. Besides train.py's keys there are
+The first activation is the one that the others are compared with. Any key of train.py may take a list, and --seed a
+range such as 1-12. The runs are all combinations, and each is a plain train.py run in a folder of its own. The same
+command continues where it stopped, and runs nothing twice. Besides train.py's keys there are
 
-    --tune=lr=1e-3,2e-3    values of one key: each activation runs with each of them on the tuning seeds, and is then
-                           compared with the one whose mean validation loss was lowest. If that is the first or last
-                           value, the list is extended by the ratio to its neighbour, at most twice on each side
+    --jobs=N               runs at once. On a CPU each gets an N-th of the threads, unless OMP_NUM_THREADS is set; the
+                           default is 1. On GPUs each gets the next free ones; the default is as many as fit
+    --nproc_per_node=1     processes (GPUs) per run, started by torchrun if more than one
+    --tune=lr=1e-3,2e-3    values of one key: each row runs with each of them on the tuning seeds, and is then compared
+                           with the one whose mean validation loss was lowest. If that is the first or last value, the
+                           report says so, and the same command with a longer list continues
     --tune_seeds=101       a list of seeds, none of which may be in --seed
-    --out=FOLDER           of the runs, of results.md, .json and .csv, and of the figures; default out/compare/NAME
-    --dry_run              print the runs and their sizes, and stop
+    --tune_up_to=N         do not tune runs of more than N tokens per parameter: they take the values of those with N
+    --out=FOLDER           of the runs, results.md and .csv, the figures, and runs.jsonl, from which the same command
+                           makes all of them again without training; default out/compare/NAME
+    --dry_run              print the runs, their sizes and an estimate of their hours, and stop
     --unmatched            allow runs whose parameters differ by more than 0.5 %
-    --nproc_per_node=1     processes per run, started by torchrun if more than one
 """
 
-import contextlib
 import csv
 import itertools
-import json
 import math
+import os
 import re
 import shlex
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -37,27 +41,28 @@ from activations import facts_of, short_name
 from model import Llama
 from plumbing.command import Parser, UserError, format_seconds, refuse_windows, run_command, whole_number
 from plumbing.config import ROOT
-from plumbing.data import open_data, read_meta
+from plumbing.data import open_data
 from plumbing.files import lock_folder
-from plumbing.machine import pick_device, pick_dtype
+from plumbing.machine import linear_speed, peak_flops, pick_device, pick_dtype
 from plumbing.run import check_facts, median_speed
 from tools import intervals, plot
 from tools.archive import read_archive, read_run, write_archive
-from tools.intervals import MOST_SEEDS, half_widths, mean, pooled, seeds_for, smallest_difference, student_interval
+from tools.intervals import MOST_SEEDS, seeds_for, smallest_difference
+from tools.plot import label_of
 from train import BAD_STEPS, Config
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
-# So often a tuned list is extended on each side
-EXTENSIONS = 2
 # Nats per token: results.md says how many seeds it takes to find such a difference
 TARGET = 0.01
+# Keys that set the length of a run: rows are compared with the first activation's at the same length
+BUDGETS = ("tokens_per_parameter", "max_steps")
 
 # ---------------------------------------------------------------------------------------------------------------
 # The grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run of the grid. case: {key: value} of what makes its row of the table, all that varies but the seed and a
     tuned key. tuned: {key: value} of that key, or {}. arguments: what train.py is called with."""
@@ -72,6 +77,10 @@ class Run:
     @property
     def out(self):
         return Path(self.config.out)
+
+    @property
+    def row(self):
+        return label_of(self.case)
 
     @property
     def tokens(self):
@@ -89,7 +98,8 @@ def read_grid(argv, out, world, key=None):
     lists = {}
     for argument in sorted(argv, key=lambda argument: not argument.startswith("--seed=")):
         name, equals, values = argument.partition("=")
-        lists[name] = [f"{name}={value}" for value in values.split(",")] if equals else [name]
+        values = [value for each in values.split(",") for value in (seeds_of(each) if name == "--seed" else [each])]
+        lists[name] = [f"{name}={value}" for value in values] if equals else [name]
     rowless = ("--activation", "--seed", f"--{key}")
     varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in rowless]
     runs = {}
@@ -98,7 +108,7 @@ def read_grid(argv, out, world, key=None):
         keys = from_file | options
         case = {"activation": short_name(keys["activation"])} | {name: keys[name] for name in varied}
         tuned = {key: keys[key]} if key else {}
-        folder = file_name(f"{plot.label_of(case | tuned)} seed={keys['seed']}")
+        folder = file_name(f"{label_of(case | tuned)} seed={keys['seed']}")
         if folder in runs:
             raise UserError(f"{folder} is given twice: give each value of a list once")
         config = Config(**(keys | {"out": f"{out}/{folder}", "resume": True}))
@@ -108,6 +118,12 @@ def read_grid(argv, out, world, key=None):
         arguments = [*arguments, f"--out={config.out}", "--resume"]
         runs[folder] = Run(case, tuned, config, arguments, model.num_parameters(), model.flops_per_token())
     return list(runs.values())
+
+
+def seeds_of(text):
+    """["1", "2", "3"] for "1-3"; any other text as it is, in a list."""
+    first, dash, last = text.partition("-")
+    return [str(seed) for seed in range(int(first), int(last) + 1)] if first.isdigit() and last.isdigit() else [text]
 
 
 def share_dtype(runs, argv):
@@ -188,8 +204,8 @@ def check_folder(run):
 
 
 def outcome(run):
-    """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s"; {"loss": inf} if it
-    has diverged, and None if it is not finished."""
+    """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s" and "memory";
+    {"loss": inf} if it has diverged, and None if it is not finished."""
     records = [record for record in read(run)[1] if record["step"] <= run.config.max_steps]
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
     bad = [record["step"] for record in records if record["kind"] == "bad"][-BAD_STEPS:]
@@ -202,76 +218,110 @@ def outcome(run):
     return final[0] | {"tokens_per_s": median_speed(records), "memory": memory[0] if memory else None}
 
 
-def finished(runs):
-    """{row: [(run, outcome)]} of the runs that ended with a finite loss."""
-    rows = {}
-    for run in runs:
-        if (result := outcome(run)) and math.isfinite(result["loss"]):
-            rows.setdefault(plot.label_of(run.case), []).append((run, result))
-    return rows
+def places(jobs, world, device):
+    """The environment of each run that may run at the same time: its GPUs, or its number of threads on a CPU."""
+    if device.type != "cuda":
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, torch.get_num_threads() // (jobs or 1))
+        return [{"OMP_NUM_THREADS": str(threads)}] * (jobs or 1)
+    count = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+    groups = [gpus[first : first + world] for first in range(0, count - world + 1, world)]
+    if len(groups) < (jobs or 1):
+        raise UserError(f"{count} GPUs do not fit {jobs or 1} runs on {world} each: lower --jobs or --nproc_per_node")
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[:jobs]]
 
 
-def execute(run, world, lock, title):
-    """Start or resume a run in a process of its own. Returns (exit status, its first error or else its last line). Its
-    output goes to output.txt in its folder, and its progress to the screen, after `title`."""
+def launch(run, world, place, lock):
+    """Start or resume a run in a process of its own, whose output goes to output.txt in its folder."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train.py"), *run.arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        pass_fds=[lock.fileno()],  # if this process dies alone, the lock is held until the run has ended too
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-    )
-    last = ""
+    with open(run.out / "output.txt", "a") as output:
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(ROOT / "train.py"), *run.arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | place | {"PYTHONUNBUFFERED": "1"},
+            pass_fds=[lock.fileno()],  # if this process dies alone, the lock is held until the run has ended too
+            start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+        )
+
+
+def run_all(runs, places, world, lock, start, later=()):
+    """Run what is not finished, as many at once as there are places; returns {name of a run that failed or diverged:
+    which}. `start` is when the comparison began, and `later` are the runs that come after these. After Ctrl-C, each run
+    saves a checkpoint first."""
+    for run in runs:
+        check_folder(run)
+    titles = {run: f"[{number}/{len(runs)}] {run.out.name}" for number, run in enumerate(runs, 1)}
+    waiting, free, running, failed = [], list(places), {}, {}
+    for run in runs:
+        if outcome(run):
+            note_outcome(run, titles[run], ", finished before", failed)
+        else:
+            waiting.append(run)
     try:
-        with open(run.out / "output.txt", "a", buffering=1, encoding="utf-8") as output:  # line by line
-            for line in process.stdout:
-                output.write(line)
-                if line.strip() and not last.startswith("error:"):
-                    last = line.strip()
-                if progress := re.match(r"(step \d+/\d+) .*  (\w+ elapsed, \w+ left)", line):
-                    show(f"{title}: {progress[1]}, {progress[2]}", passing=True)
-        return process.wait(), last
-    finally:  # after Ctrl-C, the run saves a checkpoint first
-        process.terminate()
-        process.communicate()
+        while waiting or running:
+            while waiting and free:
+                run, place = waiting.pop(0), free.pop(0)
+                running[run] = launch(run, world, place, lock), place, time.monotonic()
+            time.sleep(0.1)
+            for run, (process, place, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                free.append(place)
+                took, elapsed = time.monotonic() - began, time.monotonic() - start
+                flops = sum(other.flops for other in [*waiting, *running, *later] if not outcome(other))
+                left = took * flops / run.flops / len(places)  # as long per FLOP as this one
+                times = " in {}; {} elapsed, {} left in all".format(*map(format_seconds, (took, elapsed, left)))
+                note_outcome(run, titles[run], times, failed, process.returncode)
+            show("   ".join(f"{titles[run]}: {progress(run)}" for run in running), passing=True)
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+        for process, *_ in running.values():
+            process.wait()
+    return failed
+
+
+def note_outcome(run, title, times, failed, status=None):
+    """Print how a run ended, and note it in {name: …} if it failed or diverged."""
+    result = outcome(run)
+    if not result:
+        failed[run.out.name] = f"failed with status {status}"
+        lines = (run.out / "output.txt").read_text("utf-8", "replace").split("\n")
+        errors = [line for line in lines if line.startswith("error:")] or [line for line in lines if line.strip()]
+        times += f": {errors[-1].strip() if errors else ''} (its whole output is in {run.out}/output.txt)"
+    elif math.isinf(result["loss"]):
+        failed[run.out.name] = "diverged"
+    show(f"{title}: {failed.get(run.out.name) or 'val loss {:.4f}'.format(result['loss'])}{times}")
+
+
+def progress(run):
+    """How far a run is, by the last line of its output that tells it."""
+    with open(run.out / "output.txt", "rb") as output:
+        output.seek(max(0, os.path.getsize(output.name) - 2000))
+        lines = re.findall(r"(step \d+/\d+) .*  \w+ elapsed, (\w+ left)", output.read().decode("utf-8", "replace"))
+    return ", ".join(lines[-1]) if lines else "starting"
 
 
 def show(text, passing=False):
     """Print a line. A passing one is overwritten by the next, and left out where the output is not a terminal."""
     if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="" if passing else "\n", flush=True)
+        width = shutil.get_terminal_size().columns
+        print(f"\r\033[K{text[: width - 1] if passing else text}", end="" if passing else "\n", flush=True)
     elif not passing:
         print(text, flush=True)
 
 
-def run_all(runs, world, lock, start, later=()):
-    """Run what is not finished, one after another; returns {name of a run that failed or diverged: which}. `start` is
-    when the comparison began, and `later` are the runs that come after these."""
-    failed = {}
-    for run in runs:
-        check_folder(run)
-    for number, run in enumerate(runs, 1):
-        title, times = f"[{number}/{len(runs)}] {run.out.name}", ", finished before"
-        if not outcome(run):
-            show(f"{title}: starting", passing=True)
-            began = time.monotonic()
-            status, last = execute(run, world, lock, title)
-            took, elapsed = time.monotonic() - began, time.monotonic() - start
-            flops = sum(other.flops for other in [*runs[number:], *later] if not outcome(other))
-            left = took * flops / run.flops  # as long per FLOP as this one, with its compilation and validations
-            times = " in {}; {} elapsed, {} left in all".format(*map(format_seconds, (took, elapsed, left)))
-        result = outcome(run)
-        if not result:
-            failed[run.out.name] = f"failed with status {status}"
-            times += f": {last} (its whole output is in {run.out}/output.txt)"
-        elif math.isinf(result["loss"]):
-            failed[run.out.name] = "diverged"
-        show(f"{title}: {failed.get(run.out.name) or 'val loss {:.4f}'.format(result['loss'])}{times}")
-    return failed
+def estimate(runs, places, device, dtype):
+    """Hours that these runs take, in words, at 40 % of the speed of this device's matrix products (40 to 50 % is what
+    the models of configs/ reach). Finished ones take none."""
+    flops = sum(run.flops for run in runs if not outcome(run))
+    peak = peak_flops(device, dtype) if device.type == "cuda" else linear_speed(dtype) * len(places)
+    if not peak:
+        return "the speed of this device is not known"
+    return f"about {flops / (0.4 * peak) / 3600:.1f} hours with {len(places)} at once"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,108 +333,101 @@ def best_value(losses):
     return min(sorted(losses), key=lambda value: mean(losses[value]))
 
 
-def is_edge(losses):
-    """Whether the best value is the lowest or the highest."""
-    return best_value(losses) in (min(losses), max(losses))
+def tuned_losses(key, runs, failed):
+    """{row: {value of the tuned key: losses over the tuning seeds}}; a run that diverged has an infinite loss.
+    UserError if one failed."""
+    tuning = {}
+    for run in runs:
+        if not (result := outcome(run)):
+            raise UserError(f"no {key} can be chosen, since {run.out.name} {failed[run.out.name]}: try again")
+        tuning.setdefault(run.row, {}).setdefault(run.tuned[key], []).append(result["loss"])
+    return tuning
 
 
-def beyond(key, losses, given):
-    """The value of `key` to try after those of {value: losses}, of which the sorted list `given` was asked for. If the
-    best is the lowest or the highest, it is the next one by the ratio to the neighbour. None if the best is inside, or
-    is a whole number, if that side has been extended EXTENSIONS times, or if the key's limits forbid the next value."""
-    best, values = best_value(losses), sorted(losses)
-    low = best == values[0]
-    added = sum(value < given[0] if low else value > given[-1] for value in values)
-    if not is_edge(losses) or isinstance(best, int) or added == EXTENSIONS:
-        return None
-    value = float(f"{best * best / values[1 if low else -2]:.12g}")  # 0.016, not 0.016000000000000004
-    with contextlib.suppress(UserError):
-        return getattr(Config(**{key: value}), key)
-
-
-def runs_with(chosen, key, grid):
-    """The Runs of a grid, read with more arguments, in which `key` has the value of their row, {row: value or None}."""
-    values = ",".join(str(value) for value in sorted(set(chosen.values()) - {None}))
-    runs = grid(f"--{key}={values}") if values else []
-    return [run for run in runs if run.tuned[key] == chosen[plot.label_of(run.case)]]
-
-
-def tune(key, given, runs, grid, train):
-    """Train the tuning runs, with the values `given`, and those of the grid that extend them. train(runs) returns {name
-    of a run: what is wrong with it}. Returns ({row: {value: losses over the tuning seeds}}, {name: …} of all). A run
-    that diverged has an infinite loss; UserError if one failed."""
-    tuning, wrong = {}, {}
-    while runs:
-        wrong |= train(runs)
-        for run in runs:
-            if not (result := outcome(run)):
-                raise UserError(f"no {key} can be chosen, since {run.out.name} {wrong[run.out.name]}: try again")
-            tuning.setdefault(plot.label_of(run.case), {}).setdefault(run.tuned[key], []).append(result["loss"])
-        runs = runs_with({name: beyond(key, losses, given) for name, losses in tuning.items()}, key, grid)
-    return tuning, wrong
+def tuned_row(run, up_to):
+    """The name of the row whose tuned value a run takes: its own, or that of the longest run that is tuned."""
+    length = run.case.get("tokens_per_parameter", 0)
+    return label_of(run.case | {"tokens_per_parameter": up_to}) if up_to and length > up_to else run.row
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Results
 
 
+def mean(values):
+    """The mean of a list; None if it is empty, or lacks a value (None)."""
+    return sum(values) / len(values) if values and None not in values else None
+
+
 def summarize(runs):
     """(rows, resolutions): a row of the table for each case with a finished run, as a dict of plain numbers, and for
-    each reference a sentence. The reference of a row is that of the first activation, all other keys alike, or the
-    first row, if there is one activation."""
+    each reference a sentence. The reference of a row is that of the first activation, all other keys alike; if there is
+    one activation, it has the first value of each key but the length."""
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
-    change = {"activation": first["activation"]} if several else first
-    pairs_by_row, groups = finished(runs), {}
-    rows = [summarize_row(*zip(*pairs), plot.label_of(pairs[0][0].case | change)) for pairs in pairs_by_row.values()]
-    for row in rows:
-        groups.setdefault(row["reference"], []).append(row)
-    return rows, [resolution for group in groups.values() if (resolution := compare_rows(group))]
+    change = {name: value for name, value in first.items() if name == "activation" or not (several or name in BUDGETS)}
+    groups = {}
+    for run in runs:
+        if (result := outcome(run)) and math.isfinite(result["loss"]):
+            group = groups.setdefault(label_of(run.case | change), {})
+            group.setdefault(run.row, {})[run.config.seed] = run, result
+    rows, resolutions = [], []
+    for reference, group in groups.items():
+        compared, resolution = compare_rows(reference, group)
+        rows += compared
+        resolutions += resolution
+    order = [run.row for run in runs]
+    return sorted(rows, key=lambda row: order.index(row["name"])), resolutions
 
 
-def summarize_row(runs, results, reference):
-    """The row of finished runs, before it is compared with its reference."""
-    losses = [result["loss"] for result in results]
-    return {
-        "name": plot.label_of(runs[0].case),
-        **runs[0].case,
-        **runs[0].tuned,
-        "parameters": runs[0].parameters,
-        "flops_per_token": runs[0].flops_per_token,
-        "seeds": [run.config.seed for run in runs],
-        "losses": losses,
-        "loss": mean(losses),
-        "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
-        "perplexity": math.exp(min(mean(losses), 700)),  # e^709 is the largest float
-        "bits_per_byte": mean([result["bits_per_byte"] for result in results]),
-        "reference": reference,
-        **dict.fromkeys(["difference", "interval", "paired_difference", "paired_interval"]),
-        **{name: mean([result[name] for result in results]) for name in ("memory", "tokens_per_s")},
-    }
-
-
-def compare_rows(rows):
-    """Fill in the differences of rows that share a reference to it, if it is one of them: of the means, with Dunnett's
-    intervals from the standard deviation pooled over these rows, and paired by seed. Returns in words how small a
-    difference they can show; None if there is no difference, or no row has two seeds."""
-    rows = sorted(rows, key=lambda row: row["name"] != row["reference"])
-    first, *others = rows
-    if first["name"] != first["reference"] or not others:
-        return None
-    sizes, (std, df) = tuple(len(row["losses"]) for row in rows), pooled([row["losses"] for row in rows])
-    losses = dict(zip(first["seeds"], first["losses"]))
-    for row, half in zip(others, half_widths(sizes, std) if df else itertools.repeat(None)):
-        paired = [loss - losses[seed] for seed, loss in zip(row["seeds"], row["losses"]) if seed in losses]
-        row["difference"] = difference = row["loss"] - first["loss"]
-        row["interval"] = [difference - half, difference + half] if df else None
-        row["paired_difference"], row["paired_interval"] = mean(paired), student_interval(paired)
-    if not df:
-        return None
-    return (
-        f"{len(rows)} rows, compared with {first['name']}: pooled standard deviation {std:.4f} nats, {df} degrees of "
-        f"freedom. These seeds find a difference of {smallest_difference(sizes, std):.4f} nats four times in five. For "
-        f"{TARGET} nats, that takes {seeds_for(TARGET, len(rows), std) or f'over {MOST_SEEDS}'} seeds per row."
+def compare_rows(reference, group):
+    """(the rows of a group, {row: {seed: (run, outcome)}}, that share a reference, [what can be said of all])."""
+    group = dict(sorted(group.items(), key=lambda item: item[0] != reference))  # stable: the reference comes first
+    everywhere = set.intersection(*(set(row) for row in group.values()))
+    compared = everywhere and reference in group and len(group) > 1
+    rows = []
+    for name, by_seed in group.items():
+        seeds = [seed for seed in by_seed if seed in everywhere or not compared]
+        runs, results = zip(*(by_seed[seed] for seed in seeds))
+        losses = [result["loss"] for result in results]
+        rows.append(
+            {
+                "name": name,
+                **runs[0].case,
+                **runs[0].tuned,
+                "tokens": runs[0].tokens,
+                "parameters": runs[0].parameters,
+                "flops_per_token": runs[0].flops_per_token,
+                "seeds": seeds,
+                "losses": losses,
+                "loss": mean(losses),
+                "perplexity": math.exp(min(mean(losses), 700)),  # e^709 is the largest float
+                "bits_per_byte": mean([result["bits_per_byte"] for result in results]),
+                "reference": reference,
+                **dict.fromkeys(["difference", "interval", "effect"]),
+                **{key: mean([result[key] for result in results]) for key in ("memory", "tokens_per_s")},
+            }
+        )
+    if not compared:
+        return rows, []
+    differences, half, sd = intervals.differences(
+        [[group[name][seed][1]["loss"] for seed in rows[0]["seeds"]] for name in group]
     )
+    for row, difference in zip(rows[1:], map(float, differences)):
+        row["difference"] = difference
+        if half is not None:
+            row["interval"], row["effect"] = [difference - half, difference + half], difference / sd if sd else 0.0
+    missing = sorted(set().union(*group.values()) - everywhere)
+    notes = [f"Left out with {reference}, since a row lacks them: seeds {missing}."] if missing else []
+    if half is not None:
+        seeds = len(everywhere)
+        found, enough = smallest_difference(len(rows), seeds, sd), seeds_for(TARGET, len(rows), sd)
+        notes.append(
+            f"{len(rows)} rows with {reference}: residual standard deviation {sd:.4f} nats. {seeds} seeds find a "
+            f"difference of {found:.4f} nats four times in five; for {TARGET} nats it takes "
+            f"{enough or f'over {MOST_SEEDS}'} seeds."
+        )
+    return rows, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -393,15 +436,14 @@ def compare_rows(rows):
 
 def verdict(row):
     """What a row's difference to its reference says, in words."""
-    text = f"{row['name']} − {row['reference']}: {row['difference']:+.4f} nats per token"
+    text = f"{row['name']} against {row['reference']}: {row['difference']:+.4f} nats per token"
     if row["interval"] is None:
-        return f"{text} for one seed, so without an interval."
-    if row["paired_interval"] == [0, 0]:
-        return f"{text}: the losses are equal for every seed."
+        return f"{text}, of one seed, so without an interval."
     low, high = row["interval"]
-    said = f"does not contain zero: its loss is {'lower' if high < 0 else 'higher'}"
-    said = "contains zero: the two are not told apart" if low <= 0 <= high else said
-    return f"{text}, whose interval [{low:+.4f}, {high:+.4f}] {said}."
+    if row["difference"] == low == high:
+        return f"{text}: the losses are equal."
+    better = "is lower" if high < 0 else "is higher" if low > 0 else "is not significantly different"
+    return f"{text} [{low:+.4f}, {high:+.4f}], {abs(row['effect']):.1f} standard deviations: its loss {better}."
 
 
 def cell(form, *values):
@@ -413,20 +455,17 @@ def table(rows, key):
     """The rows as a table in Markdown, aligned for a terminal too. `key` is what was tuned, or None."""
     lines = []
     for row in rows:
-        either = [cell(" [{:+.4f}, {:+.4f}]", *(row[name] or [None])) for name in ("interval", "paired_interval")]
         line = {
             "activation": row["name"],
             **({key: str(row[key])} if key else {}),
-            "parameters": f"{row['parameters']:,}",
-            "FLOPs/token": f"{row['flops_per_token']:,}",
             "seeds": f"{len(row['seeds'])}",
-            "val loss": f"{row['loss']:.4f}" + cell(" ± {:.4f}", row["loss_std"]),
-            "perplexity": f"{row['perplexity']:.3f}",
+            "val loss": f"{row['loss']:.4f}",
             "bits/byte": cell("{:.4f}", row["bits_per_byte"]),
-            "difference [95 % interval]": cell("{:+.4f}", row["difference"]) + either[0],
-            "paired [95 % interval]": cell("{:+.4f}", row["paired_difference"]) + either[1],
-            "tokens_per_s": cell("{:,.0f}", row["tokens_per_s"]),
-            **({"GB": cell("{:.1f}", row["memory"] and row["memory"] / 1e9)} if row["memory"] else {}),
+            "difference [95 % interval]": cell("{:+.4f}", row["difference"])
+            + cell(" [{:+.4f}, {:+.4f}]", *(row["interval"] or [None])),
+            "effect": cell("{:+.1f}", row["effect"]),
+            **({"memory": cell("{:.1f} GB", row["memory"] / 1e9)} if row["memory"] else {}),
+            "tokens/s": cell("{:,.0f}", row["tokens_per_s"]),
         }
         lines.append(list(line.values()))
     lines.insert(0, list(line))
@@ -438,76 +477,72 @@ def table(rows, key):
 
 def describe_tuning(name, losses, key):
     """What was tried for a row, and what was chosen, in words."""
-    tried = ", ".join(f"{mean(losses[value]):.4f} at {value}" for value in sorted(losses))
-    edge = ", the edge of what was tried: a better value may lie beyond it" if is_edge(losses) else ""
-    return f"{name} was tuned to {key}={best_value(losses)}{edge}. Mean losses on the tuning seeds: {tried}."
-
-
-def describe_data(folder):
-    """The folder, its tokenizer and its numbers of tokens, in words."""
-    meta = read_meta(folder)
-    counts = [f"{meta['splits'][split]['tokens']:,} tokens in {split}" for split in ("train", "val")] if meta else []
-    return "; ".join([folder, f"tokenizer {meta['tokenizer']}" if meta else "no meta.json", *counts])
+    tried, best = ", ".join(f"{mean(losses[value]):.4f} at {value}" for value in sorted(losses)), best_value(losses)
+    edge = ", the edge of the list: a better value may lie beyond it" if best in (min(losses), max(losses)) else ""
+    return f"{name} was tuned to {key}={best}{edge}. Mean losses on the tuning seeds: {tried}."
 
 
 def describe_origin(runs, argv):
     """[where the results come from], in words. Where runs differ in it, all is said."""
-    import scipy
-
     abouts = [read(run)[0] for run in runs if outcome(run)]
-    origins = [about.get("origin", {}) for about in abouts]
-    versions = [f"{name} {origin.get(name)}" for origin in origins for name in ("python", "torch", "numpy")]
     lists = {
-        "Data": [describe_data(run.config.data) for run in runs],
+        "Data": [f"{about['config']['data']}, tokenizer {about['facts'].get('tokenizer')}" for about in abouts],
         "Training": [f"{run.tokens:,} tokens per run" for run in runs],
-        "Commit": [origin.get("commit") for origin in origins],
-        "Versions": [*versions, f"scipy {scipy.__version__}"],
-        "Device": [f"{about.get('origin', {}).get('device')} in {about['config']['dtype']}" for about in abouts],
+        "Commit": [about["origin"].get("commit") for about in abouts],
+        "Versions": [
+            f"{name} {about['origin'].get(name)}" for about in abouts for name in ("python", "torch", "numpy")
+        ],
+        "Device": [f"{about['origin'].get('device')} in {about['config']['dtype']}" for about in abouts],
     }
     texts = [f"{name}: {', '.join(dict.fromkeys(map(str, values)))}" for name, values in lists.items()]
     return [f"Command: `{shlex.join(['python', '-m', 'tools.compare', *argv])}`", *texts]
 
 
-def report(results, figures=(), origin=()):
-    """The text of results.md: the table, what its differences say, the figures of these names, and the origin."""
-    key, rows = results["tuned"], results["rows"]
-    parts = [
-        [verdict(row) for row in rows if row["difference"] is not None] + results["resolutions"],
-        [f"{name} {wrong}." for name, wrong in results["failed"].items()],
-        [describe_tuning(name, losses, key) for name, losses in results["tuning"].items()],
-        origin,
-    ]
-    lists = ["".join(f"- {line}\n" for line in part) for part in parts if part]
+def report(rows, resolutions, failed, key, tuning, figures=(), origin=()):
+    """The text of results.md: what the differences say, the table, the figures of these names, and how it was made."""
+    verdicts = [verdict(row) for row in rows if row["difference"] is not None]
+    made = [*resolutions, *(f"{name} {what}." for name, what in failed.items())]
+    made += [describe_tuning(name, losses, key) for name, losses in tuning.items()]
+    lists = ["".join(f"- {line}\n" for line in lines) for lines in (verdicts, [*made, *origin])]
     shown = "".join(f"![{name}]({name})\n" for name in figures)
-    return "\n".join([table(rows, key), intervals.__doc__, *lists, shown])
+    return "\n".join([lists[0], table(rows, key), shown, intervals.__doc__, lists[1]])
 
 
-def write_results(results, text, out):
-    """results.md, .json and .csv: the same for the same losses, wherever they were computed, but for the speed."""
+def write_results(rows, text, out):
+    """results.md and .csv: the same for the same losses, wherever they were computed, but for the speed."""
     (out / "results.md").write_text(text, "utf-8")
-    plain = json.loads(json.dumps(results), parse_constant=str)  # JSON has no number for ∞
-    (out / "results.json").write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(results["rows"][0]))
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        for row in results["rows"]:
+        for row in rows:
             writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
 
 
-def draw_figures(runs, tuning, key, out):
-    """Draw loss.png of the runs that finished, scalars-NAME.png of each row whose activation has trained scalars, and
-    tune.png of what was tuned; returns the names of those that could be drawn."""
-    folders = {name: [run.out for run, _ in pairs] for name, pairs in finished(runs).items()}
-    figures = {"loss.png": partial(plot.draw_loss, [folder for group in folders.values() for folder in group])}
-    figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in folders.items()}
+def draw_figures(runs, rows, tuning, key, out):
+    """Draw what can be drawn: difference.png or, over several lengths, budget.png; loss.png; scalars-NAME.png of each
+    row of the longest runs whose activation has trained scalars; tune.png. Returns the names."""
+    done = [run for run in runs if (result := outcome(run)) and math.isfinite(result["loss"])]
+    longest = max(run.tokens for run in done)
+    groups = {}
+    for run in done:
+        if run.tokens == longest:
+            groups.setdefault(run.row, []).append(run.out)
+    several = len({row["tokens"] for row in rows}) > 1
+    figures = {
+        "budget.png" if several else "difference.png": partial(
+            plot.draw_budget if several else plot.draw_difference, rows
+        )
+    }
+    figures["loss.png"] = partial(plot.draw_loss, [folder for group in groups.values() for folder in group])
+    figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in groups.items()}
     figures |= {"tune.png": partial(plot.draw_tuning, tuning, key)} if tuning else {}
     for name, draw in list(figures.items()):
         try:
             draw(out / name)
         except UserError as error:
             del figures[name]
-            if name == "loss.png":  # of the others, some activations have no trained scalars
-                print(f"note: there is no figure loss.png: {error}")
+            if not name.startswith("scalars"):  # some activations have no trained scalars
+                print(f"note: there is no figure {name}: {error}")
     return list(figures)
 
 
@@ -522,59 +557,69 @@ def compare(argv):
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--unmatched", action="store_true")
     parser.add_argument("--nproc_per_node", type=whole_number, default=1)
+    parser.add_argument("--jobs", type=whole_number)
     parser.add_argument("--tune")
     parser.add_argument("--tune_seeds", default="101")
+    parser.add_argument("--tune_up_to", type=float)
     options, others = parser.parse_known_args(argv)
     refuse_windows("tools.compare")
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
     out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
-    plan = read_grid(others, out, world)
-    key, tuned, tuning, failed = None, [], {}, {}
-    if options.tune:
-        key, values = read_tune(options.tune, others)
-        tune_argv = [f"--{key}={','.join(map(str, values))}", f"--seed={options.tune_seeds}"]
-        tuned = read_grid([*others, *tune_argv], out, world, key)
-        if seeds := {run.config.seed for run in plan} & {run.config.seed for run in tuned}:
-            raise UserError(
-                f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning"
-            )
-        print_grid(tuned)
+    key, values = read_tune(options.tune, others) if options.tune else (None, [])
+    tried = [f"--{key}={','.join(map(str, values))}"] if key else []
+
+    def grid(dtype=()):
+        """(the tuning runs, the runs that are compared, with each value of the tuned key)."""
+        tuning = read_grid([*others, *dtype, *tried, f"--seed={options.tune_seeds}"], out, world, key) if key else []
+        tuning = [run for run in tuning if tuned_row(run, options.tune_up_to) == run.row]
+        return tuning, read_grid([*others, *dtype, *tried], out, world, key)
+
+    tuning, plan = grid()
+    if seeds := {run.config.seed for run in plan} & {run.config.seed for run in tuning}:
+        raise UserError(f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning")
+    if unknown := {tuned_row(run, options.tune_up_to) for run in plan} - {run.row for run in plan}:
+        raise UserError(f"--tune_up_to={options.tune_up_to:g} is not one of the lengths: there is no {min(unknown)}")
+    plan = [run for run in plan if not key or run.tuned[key] == values[0]]
+    device = pick_device(plan[0].config.device)
+    at_once = places(options.jobs, world, device)
+    if tuning:
+        print_grid(tuning)
         print(f"then, each with its best {key}:")
     print_grid(plan)
-    check_matched(tuned or plan, options.unmatched)
+    check_matched(tuning + plan, options.unmatched)
+    dtype = pick_dtype(plan[0].config.dtype, device)
     if options.dry_run:
+        print(f"{len(tuning + plan)} runs, {estimate(tuning + plan, at_once, device, dtype)}")
         return 0
-    for config in {(run.config.data, run.config.device): run.config for run in plan}.values():
-        pick_device(config.device)
-        open_data(config, print)
+    if not all(outcome(run) for run in tuning + plan):
+        for config in {(run.config.data, run.config.device): run.config for run in plan}.values():
+            pick_device(config.device)
+            open_data(config, print)
     try:
         lock = lock_folder(out)
     except UserError:
         print(f"another comparison writes to {out}: waiting until it ends", flush=True)
         lock = lock_folder(out, wait=True)
     with lock:
-        train = partial(run_all, world=world, lock=lock, start=time.monotonic())
-        others = share_dtype(tuned or plan, others)
-        runs = plan = read_grid(others, out, world)
-        if key:
-
-            def grid(*arguments):
-                return read_grid([*others, *arguments], out, world, key)
-
-            tuning, failed = tune(
-                key, values, grid(*tune_argv), partial(grid, tune_argv[1]), partial(train, later=plan)
-            )
-            runs = runs_with({name: best_value(losses) for name, losses in tuning.items()}, key, grid)
-        failed |= (wrong := train(runs))
+        dtype = share_dtype(tuning + plan, others)[len(others) :]
+        tuning, plan = grid(dtype)
+        train = partial(run_all, places=at_once, world=world, lock=lock, start=time.monotonic())
+        try:
+            failed = train(tuning, later=[run for run in plan if not key or run.tuned[key] == values[0]])
+            losses = tuned_losses(key, tuning, failed)
+            chosen = {name: best_value(tried) for name, tried in losses.items()}
+            runs = [run for run in plan if not key or run.tuned[key] == chosen[tuned_row(run, options.tune_up_to)]]
+            failed |= (wrong := train(runs))
+        finally:
+            write_archive(out, {run.out.name for run in tuning + plan if outcome(run)})
         rows, resolutions = summarize(runs)
         if not rows:
             raise UserError(f"none of the runs finished; the first {next(iter(failed.values()))}")
-        results = {"rows": rows, "resolutions": resolutions, "failed": failed, "tuned": key, "tuning": tuning}
-        text = report(results, draw_figures(runs, tuning, key, out), describe_origin(runs, argv))
-        write_results(results, text, out)
-        write_archive(out)
+        figures = draw_figures(runs, rows, losses, key, out)
+        text = report(rows, resolutions, failed, key, losses, figures, describe_origin(runs, argv))
+        write_results(rows, text, out)
         print("\n" + text)
-        print(f"results: {out}/results.md, .json, .csv and the figures")
+        print(f"results: {out}/results.md, .csv, runs.jsonl and the figures")
     return 1 if wrong else 0
 
 

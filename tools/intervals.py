@@ -1,91 +1,77 @@
-"""This analysis was fixed before the runs, as a part of the program.
+"""One rule decides what a comparison shows. It was fixed before the runs, as a part of the program.
 
-A loss is that of the last validation, in nats per token: mean ± standard deviation over the seeds. Perplexity and bits
-per byte are those of the mean. A difference is that of two means. Its interval is Dunnett's, from the standard
-deviation pooled over the rows that are compared with one reference: with 95 % probability, all of these intervals
-contain the true differences. The verdicts follow it. Paired is the mean difference between runs of one seed, which saw
-the same batches, with Student's 95 % interval of this row alone. A true difference of one row counts as found if its
-interval is beyond zero on the right side; "four times in five" supposes that the pooled standard deviation is the true
-one.
+A loss is that of the last validation, in nats per token. Runs of one seed share their initial weights and their data,
+so seeds are blocks: a loss is modelled as the sum of an effect of its row, an effect of its seed, and a residual. The
+residuals of all rows that are compared with one reference are pooled into one standard deviation with (rows − 1) ·
+(seeds − 1) degrees of freedom. A difference is that of two means over the same seeds. Its interval is Dunnett's: with
+95 % probability, all intervals of one reference contain the true differences. If an interval contains zero, the
+difference is not significant. A seed that a row lacks is left out of all rows. The effect is the difference in
+residual standard deviations.
 """
 
 import bisect
 import functools
 import math
-import statistics
 
-LEVEL = 0.95  # of all intervals
-POWER = 0.8  # four times in five
+import numpy as np
+
+LEVEL = 0.95  # of all intervals of one reference together
+POWER = 0.8  # "four times in five"
 MOST_SEEDS = 1000
 
 
-def mean(values):
-    """The mean of a list; None if it is empty, or lacks a value (None)."""
-    return statistics.fmean(values) if values and None not in values else None
-
-
-def student_interval(values):
-    """[low, high]: Student's interval of the mean of some numbers; None for fewer than two."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return None
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return [mean(values) + float(t) * error for t in stats.t.interval(LEVEL, df=len(values) - 1)]
-
-
-def pooled(rows):
-    """(standard deviation within the rows, its degrees of freedom); (None, 0) if no row has two values."""
-    df = sum(map(len, rows)) - len(rows)
-    return math.sqrt(sum(statistics.pvariance(row) * len(row) for row in rows) / df) if df else None, df
-
-
-def standard_error(size, first):
-    """Of the difference between the means of two rows with these many values, in standard deviations of a value."""
-    return math.sqrt(1 / size + 1 / first)
+def differences(losses):
+    """(differences to the first row, half of the width of their intervals, residual standard deviation) of losses, an
+    array (rows, seeds). Where there are no degrees of freedom, the last two are None."""
+    losses = np.asarray(losses, float)
+    rows, seeds = losses.shape
+    means = losses.mean(axis=1)
+    difference = means[1:] - means[0]
+    df = (rows - 1) * (seeds - 1)
+    if not df:
+        return difference, None, None
+    residual = losses - means[:, None] - losses.mean(axis=0) + losses.mean()
+    sd = math.sqrt((residual**2).sum() / df)
+    return difference, critical_value(rows - 1, df) * sd * math.sqrt(2 / seeds), sd
 
 
 @functools.cache
-def critical_value(sizes):
-    """What |difference to the first row| / standard error exceeds in none of the other rows with probability LEVEL, if
-    all true means are equal (Dunnett 1955). sizes: a tuple of how many values each row has.
-
-    scipy.stats.dunnett, which minimizes a function that it samples anew at each call, misses the level for some sizes:
-    90 % for (2, 2, 1, 3). Here the samples are always the same, so that the function has a root; it is exact to 0.02 %.
-    """
+def critical_value(others, df):
+    """What |difference| / standard error exceeds in none of `others` rows with probability LEVEL, if all true means are
+    equal: Dunnett's value for equal sizes (Dunnett 1955), where two differences have a correlation of ½."""
     from scipy import optimize, stats
 
-    df, others = sum(sizes) - len(sizes), len(sizes) - 1
-    shares = [1 / math.sqrt(1 + sizes[0] / size) for size in sizes[1:]]  # of the first row in each difference
-    correlations = [[1 if i == j else shares[i] * shares[j] for j in range(others)] for i in range(others)]
-    distribution = stats.multivariate_t(shape=correlations, df=df)
+    # In units of the standard error, a difference is (z − z₀) / (√2·s), with normal z and z₀ and s² a χ² over its
+    # degrees of freedom. Given z₀ and s, the rows are independent; both are integrated by Gauss–Legendre.
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    z, z_weights = 8 * nodes, 8 * weights * stats.norm.pdf(8 * nodes)
+    most = math.sqrt(stats.chi2.isf(1e-13, df) / df)
+    s = most * (nodes + 1) / 2
+    s_weights = most / 2 * weights * stats.chi2.pdf(df * s**2, df) * 2 * df * s
 
     def excess(t):
-        inside = distribution.cdf([t] * others, lower_limit=[-t] * others, maxpts=10000, random_state=0)
-        return float(inside) - LEVEL
+        limit = math.sqrt(2) * t * s[:, None]
+        inside = (stats.norm.cdf(z + limit) - stats.norm.cdf(z - limit)) ** others
+        return float(s_weights @ inside @ z_weights) - LEVEL
 
-    # between the values for one row and, by Bonferroni, for rows without correlation
-    one, most = stats.t.isf([(1 - LEVEL) / 2, (1 - LEVEL) / 2 / others], df)
-    return optimize.brentq(excess, 0.99 * one, 1.01 * most)
-
-
-def half_widths(sizes, sd):
-    """Those of Dunnett's intervals, around the difference of each row but the first to the first."""
-    return [critical_value(sizes) * sd * standard_error(size, sizes[0]) for size in sizes[1:]]
+    # between Student's value for one row and Bonferroni's for all
+    one, most_t = stats.t.isf([(1 - LEVEL) / 2, (1 - LEVEL) / 2 / others], df)
+    return optimize.brentq(excess, 0.99 * one, 1.01 * most_t)
 
 
-def smallest_difference(sizes, sd):
-    """The true difference between the first row and the shortest other one that is found with probability POWER, if sd
-    is the true standard deviation."""
+def smallest_difference(rows, seeds, sd):
+    """The true difference of one row to the first that is found, with the right sign, with probability POWER, if sd is
+    the true residual standard deviation."""
     from scipy import optimize, stats
 
-    critical, df = critical_value(sizes), sum(sizes) - len(sizes)
+    df = (rows - 1) * (seeds - 1)
+    critical = critical_value(rows - 1, df)
     shift = optimize.brentq(lambda shift: float(stats.nct.sf(critical, df, shift)) - POWER, 0, 3 * critical)
-    return shift * sd * standard_error(min(sizes[1:]), sizes[0])
+    return shift * sd * math.sqrt(2 / seeds)
 
 
 def seeds_for(difference, rows, sd):
-    """The number of seeds per row that makes this the smallest difference found; None if MOST_SEEDS are too few."""
+    """The number of seeds that makes this the smallest difference found; None if MOST_SEEDS are too few."""
     seeds = range(2, MOST_SEEDS + 1)
-    enough = bisect.bisect_left(seeds, True, key=lambda n: smallest_difference((n,) * rows, sd) <= difference)
+    enough = bisect.bisect_left(seeds, True, key=lambda n: smallest_difference(rows, n, sd) <= difference)
     return seeds[enough] if enough < len(seeds) else None

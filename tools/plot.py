@@ -20,6 +20,7 @@ import xielu
 from activations import ACTIVATIONS, short_name
 from plumbing.command import Parser, UserError, run_command
 from tools.archive import read_run
+from tools.intervals import differences
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; after the seventh they come again, dashed
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
@@ -57,7 +58,8 @@ def line_style(number):
 
 def label_of(case):
     """What to call the runs of a case, {key: value} with an activation: its name, then the other keys and values."""
-    others = [f"{name}={value}" for name, value in case.items() if name != "activation"]
+    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in case.items()}
+    others = [f"{name}={value}" for name, value in shown.items() if name != "activation"]
     return " ".join([short_name(case["activation"]), *others])
 
 
@@ -112,16 +114,20 @@ def label_tokens(axis):
 
 
 def draw_loss(folders, path):
-    """Validation loss against tokens; beside it, its difference to the first group's, paired by seed."""
+    """Validation loss against tokens, a thin line for each seed and a thick one for their mean; beside it, the
+    differences to the first group over the seeds that all have, with the table's intervals as bands."""
     groups = read_groups(folders)
     columns = min(len(groups), 2)
-    figure, [axes] = new_figure(1, columns, 2 + 4 * columns, 4)
+    figure, [axes] = new_figure(1, columns, 2 + 4.5 * columns, 4.5)
     for number, (label, group) in enumerate(groups.items()):
         tokens = common_tokens(group)[1:]  # without the untrained model
         if len(tokens) < 2:
             raise UserError(f"{label} has too few validations for a curve yet: wait for more, or lower eval_every")
-        draw_band(axes[0], tokens, logged(group, "loss", tokens, group), label, **line_style(number))
-    axes[0].set_ylabel("validation loss (nats per token)")
+        style, losses = line_style(number), logged(group, "loss", tokens, group)
+        axes[0].plot(tokens, losses.T, linewidth=0.7, alpha=0.5, **style)
+        axes[0].plot(tokens, losses.mean(axis=0), label=label, linewidth=2, **style)
+    late = [loss for group in groups.values() for run in group.values() for loss in last_half(run)]
+    axes[0].set(ylabel="validation loss (nats per token)", ylim=limits(late))
     axes[0].legend(frameon=False)
     if len(groups) > 1:
         draw_differences(axes[1], groups)
@@ -130,19 +136,90 @@ def draw_loss(folders, path):
     save(figure, path)
 
 
+def last_half(run):
+    """The finite losses of the second half of a run, which decides the scale: early ones are far larger."""
+    losses = [record["loss"] for _, record in sorted(run.items())][1:]
+    return [loss for loss in losses[len(losses) // 2 - 1 :] if math.isfinite(loss)]
+
+
+def limits(values):
+    """The limits of an axis that shows these values."""
+    margin = 0.15 * (max(values) - min(values)) or 1e-3
+    return min(values) - margin, max(values) + margin
+
+
 def draw_differences(axis, groups):
-    """The difference of each group's loss to the first group's, paired by seed, against tokens."""
-    first = next(iter(groups))
-    late = [0.0]  # the second half of training decides the scale, since early differences are far larger
-    for number, (label, group) in enumerate(groups.items()):
-        seeds = [seed for seed in group if seed in groups[first]]
-        tokens = common_tokens(group, groups[first])[1:]
-        if seeds and tokens:
-            difference = logged(group, "loss", tokens, seeds) - logged(groups[first], "loss", tokens, seeds)
-            draw_band(axis, tokens, difference, label, **line_style(number))
-            late.extend(filter(math.isfinite, difference[:, len(tokens) // 2 :].flat))
-    margin = 0.3 * (max(late) - min(late)) or 1e-3
-    axis.set(ylim=(min(late) - margin, max(late) + margin), ylabel=f"difference to {first}, same seed (nats)")
+    """The difference of each group's mean loss to the first group's, against tokens, with the intervals of
+    tools.intervals at each of them."""
+    first, *others = groups
+    seeds = set.intersection(*(set(group) for group in groups.values()))
+    tokens = common_tokens(*groups.values())[1:]
+    if not seeds or not tokens:
+        raise UserError(f"the runs of {', '.join(groups)} share no seed and number of tokens to compare them at")
+    losses = np.array([logged(group, "loss", tokens, seeds) for group in groups.values()])  # (groups, seeds, tokens)
+    compared = [differences(losses[:, :, index]) for index in range(len(tokens))]
+    means = np.array([difference for difference, _, _ in compared]).T  # (others, tokens)
+    halves = np.array([half or 0 for _, half, _ in compared])
+    axis.axhline(0, **line_style(0))
+    for number, (label, mean) in enumerate(zip(others, means), 1):
+        axis.plot(tokens, mean, label=label, linewidth=2, **line_style(number))
+        axis.fill_between(tokens, mean - halves, mean + halves, color=line_style(number)["color"], alpha=0.15, lw=0)
+    late = slice(len(tokens) // 2, None)
+    shown = [0, *(means + halves)[:, late].flat, *(means - halves)[:, late].flat]
+    axis.set(ylim=limits([value for value in shown if math.isfinite(value)]))
+    axis.set_ylabel(f"loss − loss of {first}, {len(seeds)} seeds (nats)")
+
+
+def draw_difference(rows, path):
+    """For a slide: the final difference of each row of a comparison to its reference, a dot with its interval."""
+    rows = [row for row in rows if row["difference"] is not None]
+    if not rows:
+        raise UserError("there is no difference to draw: none of the rows has a reference with the same seeds")
+    figure, [[axis]] = new_figure(1, 1, 8, 1.4 + 0.5 * len(rows))
+    for number, row in enumerate(rows):
+        draw_dot(axis, row, -number, number + 1, along="x")
+    axis.axvline(0, color="black", linewidth=1)
+    names = [row["name"] + f"\n{len(row['seeds'])} seeds" for row in rows]
+    axis.set_yticks([-number for number in range(len(rows))], names)
+    axis.set(ylim=(0.6 - len(rows), 0.4), xlabel=f"loss − loss of {rows[0]['reference']} (nats; left of 0 is better)")
+    save(figure, path)
+
+
+def draw_dot(axis, row, place, number, along, label=None):
+    """A row's difference and its interval, as a dot with a bar along one axis at a place on the other."""
+    half = row["interval"][1] - row["difference"] if row["interval"] else 0
+    x, y = (row["difference"], place) if along == "x" else (place, row["difference"])
+    style = {"color": line_style(number)["color"], "fmt": "o", "markersize": 7, "linewidth": 2, "capsize": 4}
+    axis.errorbar(x, y, label=label, **{f"{along}err": half}, **style)
+
+
+def draw_budget(rows, path):
+    """The difference of each activation to the first one against tokens per parameter, with its interval. Where the
+    line of an activation crosses zero, the order of the two changes."""
+    lines = {}
+    for row in rows:
+        if row["difference"] is not None:
+            lines.setdefault(row["activation"], []).append(row)
+    if not lines:
+        raise UserError("there is no difference to draw: none of the rows has a reference with the same seeds")
+    reference = short_name(rows[0]["reference"].split()[0])
+    figure, [[axis]] = new_figure(1, 1, 8, 4.8)
+    axis.axhline(0, linewidth=2, label=reference, **line_style(0))
+    for number, (activation, its_rows) in enumerate(lines.items(), 1):
+        ratios = [row["tokens"] / row["parameters"] for row in its_rows]
+        axis.plot(ratios, [row["difference"] for row in its_rows], linewidth=1.6, **line_style(number))
+        for index, (row, ratio) in enumerate(zip(its_rows, ratios)):
+            moved = ratio * 1.03 ** (number - (len(lines) + 1) / 2)  # so that bars do not hide each other
+            draw_dot(axis, row, moved, number, along="y", label=None if index else activation)
+    ticks = sorted({row["tokens"] / row["parameters"] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="tokens per parameter", ylabel=f"loss − loss of {reference} (nats)")
+    for text, y, side in ((f"{reference} is better", 0.98, "top"), (f"{reference} is worse", 0.02, "bottom")):
+        axis.text(0.01, y, text, transform=axis.transAxes, va=side, color="#555555")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    save(figure, path)
 
 
 def draw_tuning(tuning, key, path):
