@@ -30,8 +30,22 @@ def test_defaults_file_and_command_line(tmp_path):
     assert from_file.keys() == Config.defaults().keys()
     assert from_file["dim"] == 1536 and from_file["lr"] == 2.0 and isinstance(from_file["lr"], float)
     assert from_file["out"] == "out/child"
-    assert options == {"dim": 128, "resume": True, "compile": False, "max_steps": 1000}
+    expected = {"dim": 128, "resume": True, "compile": False, "max_steps": 1000}
+    assert options == expected | {"tokens_per_parameter": 0.0}  # max_steps replaces what a file may say
     assert Config.read_command([str(child), "--tokens_per_step=1e6"])[1] == {"tokens_per_step": 1_000_000}
+
+
+def test_steps_follow_the_size_of_the_model_and_the_length_of_the_run():
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "ffn_dim": 48, "seq_len": 32}
+    keys = sizes | {"tokens_per_step": 256, "tokens_per_parameter": 20, "decay_steps": 0.25, "eval_every": 0.05}
+    parameters = 257 * 32 + 2 * (4 * 32 * 32 + 2 * 32 * 48 + 2 * 32) + 32
+    for activation in ("relu2", "xielu", "swiglu"):  # two scalars per layer make no run longer
+        config = Config(activation=activation, warmup_steps=0.001, **keys)
+        assert config.max_steps == round(20 * parameters / 256)
+        assert (config.warmup_steps, config.decay_steps) == (2, round(config.max_steps / 4))
+        assert config.eval_every == round(config.max_steps / 20) and config.tokens_per_parameter == 0
+        assert Config(**vars(config)) == config  # what is saved holds the numbers
+    assert Config(max_steps=10, warmup_steps=2, decay_steps=0.999, eval_every=0.01).eval_every == 1
 
 
 # (line of the config file, option, message)
