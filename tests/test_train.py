@@ -45,7 +45,7 @@ def test_steps_follow_the_size_of_the_model_and_the_length_of_the_run():
         assert (config.warmup_steps, config.decay_steps) == (2, round(config.max_steps / 4))
         assert config.eval_every == round(config.max_steps / 20) and config.tokens_per_parameter == 0
         assert Config(**vars(config)) == config  # what is saved holds the numbers
-    assert Config(max_steps=10, warmup_steps=2, decay_steps=0.999, eval_every=0.01).eval_every == 1
+    assert Config(max_steps=10, warmup_steps=2, decay_steps=0.5, eval_every=0.01).eval_every == 1
 
 
 # (line of the config file, option, message)
