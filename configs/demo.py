@@ -18,11 +18,11 @@ tokens_per_step = 2048
 micro_batch_size = 8
 max_steps = 1500
 lr = 3e-3
-warmup_steps = 100
-decay_steps = 500
+warmup_steps = 1 / 15  # shares of max_steps, so that --max_steps=300 alone makes a shorter run
+decay_steps = 1 / 3
 
-eval_every = 500
-eval_tokens = 200_000
+eval_every = 0.05  # 20 points on a curve, for a tenth of the time
+eval_tokens = 40_960
 log_every = 50
 checkpoint_every = 250
 
