@@ -4,9 +4,9 @@ An ungated activation maps one projection x of the MLP; a gated one (a gated lin
 A gate g: ℝ → (0, 1) is used in three ways. Each may be expanded to the range (−α, 1 + α) by one trained scalar α, which
 starts at 0: G(x) = g(x)·(1 + 2α) − α ("Expanded Gating Ranges Improve Activation Functions", arXiv 2405.20768).
 
-    self-gated      x·G(x)          silu, gelu, atlu        expanded: xsilu, xgelu, xatlu
-    first order     G(x)·y          glu, gglu, aglu         expanded: xglu, xgglu, xaglu
-    second order    x·G(x)·y        swiglu, geglu, atglu    expanded: xswiglu, xgeglu, xatglu
+    self-gated      x·G(x)          silu, gelu, atlu, ssslu        expanded: xsilu, xgelu, xatlu
+    first order     G(x)·y          glu, gglu, aglu                expanded: xglu, xgglu, xaglu
+    second order    x·G(x)·y        swiglu, geglu, atglu, sssglu   expanded: xswiglu, xgeglu, xatglu
 
 To add an activation, write a module and one line in ACTIVATIONS; nothing else needs to change. Or let tools/derive.py
 write it from its gradient: then the name is the path of that file.
@@ -33,7 +33,7 @@ from plumbing.inverted import xielu_inverted
 from xielu import XIELU, Integral, fused, partials, upcast, value, xielu_reference
 
 # ---------------------------------------------------------------------------------------------------------------
-# Other gradients, the same integration (both from the authors' code)
+# Other gradients, the same integration (from the authors' code; there, the last two train β and take |raw| for α)
 
 
 def xiprelu_value(x, alpha_p, alpha_n, beta=0.5):
@@ -59,8 +59,36 @@ def xiep_partials(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
     return slope + 3 * alpha_p3 * positive**2, by_p, by_n, positive**3
 
 
+def xssslur2_value(x, alpha_p, alpha_n, beta=0.5):
+    """xIELU with softsign s(x) = x/(1 + |x|) in place of the exponential: αp·x² + β·x for x > 0, αn·x·s(x) + β·x for
+    x ≤ 0. Its gradient falls to β − αn as xIELU's does."""
+    z = upcast(x)
+    return (torch.where(z > 0, alpha_p * z, alpha_n * F.softsign(z)) + beta) * z
+
+
+def xssslur2_partials(x, alpha_p, alpha_n, beta=0.5):
+    z = upcast(x)
+    s = F.softsign(z)
+    # the gradient of x·s(x) is x·(2 + |x|)/(1 + |x|)², which for x ≤ 0 is s·(2 + s)
+    slope = torch.where(z > 0, 2 * alpha_p * z, alpha_n * s * (2 + s)) + beta
+    return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * s)
+
+
+def xssslupr_value(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
+    """xSSSLUR2 plus αp3·x³ for x > 0."""
+    return xssslur2_value(x, alpha_p, alpha_n, beta) + alpha_p3 * torch.relu(upcast(x)) ** 3
+
+
+def xssslupr_partials(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
+    positive = torch.relu(upcast(x))
+    slope, by_p, by_n = xssslur2_partials(x, alpha_p, alpha_n, beta)
+    return slope + 3 * alpha_p3 * positive**2, by_p, by_n, positive**3
+
+
 xiprelu = fused(xiprelu_value, xiprelu_partials)
 xiep = fused(xiep_value, xiep_partials)
+xssslur2 = fused(xssslur2_value, xssslur2_partials)
+xssslupr = fused(xssslupr_value, xssslupr_partials)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Gates
@@ -79,6 +107,12 @@ def normal_cdf(x):
 def arctan(x):
     """arctan(x)/π + ½, the gate of ATLU."""
     return torch.atan(x) / math.pi + 0.5
+
+
+def softsign(x):
+    """(s(x) + 1)/2 for s(x) = x/(1 + |x|), the gate of SSSLU. 1/(1 − x) keeps the digits of the far negative tail,
+    where s + 1 rounds to 0."""
+    return torch.where(x >= 0, 0.5 + 0.5 * F.softsign(x), 0.5 / (1 + x.abs()))
 
 
 class Gate(nn.Module):
@@ -146,6 +180,7 @@ class Activation:
 XIELU_FORMULA = "αp·x² + βx for x > 0, αn·(eˣ − 1 − x) + βx for x ≤ 0"
 POSITIVE = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, 0.0)}
 ABOVE_BETA = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, 0.5)}
+CUBIC = {"alpha_p3": (0.4, 0.0)}
 
 ACTIVATIONS = {
     "relu": Activation("max(x, 0)", nn.ReLU),
@@ -158,9 +193,14 @@ ACTIVATIONS = {
     "xielu_reference": Activation(XIELU_FORMULA, partial(XIELU, function=xielu_reference)),
     "xielu_inverted": Activation(XIELU_FORMULA, partial(XIELU, function=xielu_inverted)),
     "xiprelu": Activation("αp·x² + βx for x > 0, αn·x² + βx for x ≤ 0", partial(Integral, xiprelu, POSITIVE)),
-    "xiep": Activation("xielu(x) + αp3·max(x, 0)³", partial(Integral, xiep, ABOVE_BETA | {"alpha_p3": (0.4, 0.0)})),
+    "xiep": Activation("xielu(x) + αp3·max(x, 0)³", partial(Integral, xiep, ABOVE_BETA | CUBIC)),
+    "xssslur2": Activation(
+        "αp·x² + βx for x > 0, αn·x·s(x) + βx for x ≤ 0, s(x) = x/(1 + |x|)", partial(Integral, xssslur2, ABOVE_BETA)
+    ),
+    "xssslupr": Activation("xssslur2(x) + αp3·max(x, 0)³", partial(Integral, xssslupr, ABOVE_BETA | CUBIC)),
     # self-gated
     "atlu": Activation("x·(arctan(x)/π + ½)", partial(SelfGated, arctan)),
+    "ssslu": Activation("x·(s(x) + 1)/2, s(x) = x/(1 + |x|)", partial(SelfGated, softsign)),
     "xsilu": Activation("x·(σ(x)·(1 + 2α) − α)", partial(SelfGated, sigmoid, True)),
     "xgelu": Activation("x·(Φ(x)·(1 + 2α) − α)", partial(SelfGated, normal_cdf, True)),
     "xatlu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)", partial(SelfGated, arctan, True)),
@@ -175,6 +215,7 @@ ACTIVATIONS = {
     "swiglu": Activation("x·σ(x)·y", partial(SecondOrderGLU, sigmoid), gated=True),
     "geglu": Activation("x·Φ(x)·y", partial(SecondOrderGLU, normal_cdf), gated=True),
     "atglu": Activation("x·(arctan(x)/π + ½)·y", partial(SecondOrderGLU, arctan), gated=True),
+    "sssglu": Activation("x·(s(x) + 1)/2·y, s(x) = x/(1 + |x|)", partial(SecondOrderGLU, softsign), gated=True),
     "xswiglu": Activation("x·(σ(x)·(1 + 2α) − α)·y", partial(SecondOrderGLU, sigmoid, True), gated=True),
     "xgeglu": Activation("x·(Φ(x)·(1 + 2α) − α)·y", partial(SecondOrderGLU, normal_cdf, True), gated=True),
     "xatglu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)·y", partial(SecondOrderGLU, arctan, True), gated=True),

@@ -5,13 +5,20 @@ import math
 import pytest
 import torch
 
+import xielu
 from activations import ACTIVATIONS, get_activation
 
 X = torch.linspace(-6, 6, 241, dtype=torch.float64)
 Y = torch.linspace(2, -1, 241, dtype=torch.float64)
-GATES = [1 / (1 + torch.exp(-X)), 0.5 * (1 + torch.erf(X / math.sqrt(2))), torch.arctan(X) / math.pi + 0.5]
-# what the three gates multiply in the activations of these names
-GATED = {"silu gelu atlu": X, "glu gglu aglu": Y, "swiglu geglu atglu": X * Y}
+GATES = {
+    "σ": 1 / (1 + torch.exp(-X)),
+    "Φ": 0.5 * (1 + torch.erf(X / math.sqrt(2))),
+    "arctan": torch.arctan(X) / math.pi + 0.5,
+    "softsign": (X / (1 + X.abs()) + 1) / 2,
+}
+# what a gate multiplies in the activations of these names, which are in the order of GATES
+GATED = {"silu gelu atlu ssslu": X, "glu gglu aglu": Y, "swiglu geglu atglu sssglu": X * Y}
+NOT_EXPANDED = ("ssslu", "sssglu")
 
 
 def call(module, name, x=X, y=Y):
@@ -19,9 +26,10 @@ def call(module, name, x=X, y=Y):
 
 
 def test_the_table_has_every_name():
-    ungated = "relu gelu silu relu2 leaky_relu2 xielu xiprelu xiep atlu xsilu xgelu xatlu".split()
+    ungated = "relu gelu silu relu2 leaky_relu2 xielu xiprelu xiep xssslur2 xssslupr".split()
+    ungated += "atlu ssslu xsilu xgelu xatlu".split()
     gated = "swiglu geglu atglu glu gglu aglu".split()
-    gated += ["x" + name for name in gated]
+    gated += ["x" + name for name in gated] + ["sssglu"]
     assert set(ACTIVATIONS) >= {*ungated, *gated}  # a reader may have added one
     assert all(ACTIVATIONS[name].gated == (name in gated) for name in [*ungated, *gated])
     assert all(ACTIVATIONS[name].formula for name in ACTIVATIONS)
@@ -36,8 +44,10 @@ def test_plain_ones():
 @pytest.mark.parametrize("alpha", [0.0, 0.3, -0.1])
 @pytest.mark.parametrize("names", GATED)
 def test_gated_ones(names, alpha):
-    for name, gate in zip(names.split(), GATES):
+    for name, gate in zip(names.split(), GATES.values()):
         torch.testing.assert_close(call(ACTIVATIONS[name].module(), name), gate * GATED[names])
+        if name in NOT_EXPANDED:
+            continue
         expanded = ACTIVATIONS["x" + name].module().double()
         torch.nn.init.constant_(expanded.alpha, alpha)
         torch.testing.assert_close(call(expanded, name).detach(), (gate * (1 + 2 * alpha) - alpha) * GATED[names])
@@ -47,6 +57,8 @@ INTEGRATED = {
     "xielu": lambda x, up, down, p, n: p * up**2 + n * (torch.expm1(down) - down) + 0.5 * x,
     "xiprelu": lambda x, up, down, p, n: p * up**2 + n * down**2 + 0.5 * x,
     "xiep": lambda x, up, down, p, n, p3: p * up**2 + p3 * up**3 + n * (torch.expm1(down) - down) + 0.5 * x,
+    "xssslur2": lambda x, up, down, p, n: p * up**2 + n * down**2 / (1 - down) + 0.5 * x,
+    "xssslupr": lambda x, up, down, p, n, p3: p * up**2 + p3 * up**3 + n * down**2 / (1 - down) + 0.5 * x,
 }
 
 
@@ -55,7 +67,7 @@ INTEGRATED = {
 def test_integrated_ones(name, shift):
     """Value and every gradient, at the scalars of the paper and at others; and none that is not finite far out."""
     module = ACTIVATIONS[name].module()
-    start = {"alpha_p": 0.8, "alpha_n": 0.8} | ({"alpha_p3": 0.4} if name == "xiep" else {})
+    start = {"alpha_p": 0.8, "alpha_n": 0.8} | ({"alpha_p3": 0.4} if name in ("xiep", "xssslupr") else {})
     assert module.effective() == pytest.approx(start)
     far = torch.tensor([-1e12, 0.0, 1e12], requires_grad=True)
     module(far)[1].backward()
@@ -67,6 +79,33 @@ def test_integrated_ones(name, shift):
     results = module(x), INTEGRATED[name](x, x.clamp(min=0), x.clamp(max=0), *module.effective_scalars().values())
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(y, [x, *module.parameters()], Y) for y in results))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "dtype, tolerance, of_sums", [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 4e-3, 1e-3)], ids=["float32", "bf16"]
+)
+@pytest.mark.parametrize("name", [name for name in INTEGRATED if name != "xielu"])  # test_xielu.py has that one
+def test_integrated_ones_from_tiny_to_huge(monkeypatch, name, dtype, tolerance, of_sums, compiled):
+    """Against the formula and its autograd in float64. An error is measured by the sizes of the two terms that are
+    added, βx and the rest, and for a scalar's gradient, whose terms all have one sign, by the gradient itself."""
+    monkeypatch.setattr(xielu, "COMPILE", compiled)
+    size = torch.cat([torch.logspace(-30, 12, 4001), torch.linspace(0, 8, 4001)])
+    x = torch.cat([size, -size]).to(dtype).requires_grad_()
+    weights = (torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) + 0.5).to(dtype)
+    module, exact = ACTIVATIONS[name].module(), ACTIVATIONS[name].module().double()
+    y = module(x)
+    grad, *by_raw = torch.autograd.grad(y, [x, *module.parameters()], weights)
+    z = x.detach().double().requires_grad_()
+    expected = INTEGRATED[name](z, z.clamp(min=0), z.clamp(max=0), *exact.effective_scalars().values())
+    slope, *_ = torch.autograd.grad(expected.sum(), z, retain_graph=True)
+    expected_by_raw = torch.autograd.grad(expected, list(exact.parameters()), weights.double())
+    with torch.no_grad():
+        for actual, total, beta in ((y, expected, 0.5 * z), (grad / weights.double(), slope, torch.full_like(z, 0.5))):
+            scale = (total - beta).abs() + beta.abs()
+            assert ((actual - total).abs() <= tolerance * scale).all()
+    for actual, total in zip(by_raw, expected_by_raw):
+        assert actual.item() == pytest.approx(total.item(), rel=of_sums)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -90,9 +129,10 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(module, (x, y) if ACTIVATIONS[name].gated else (x,))
 
 
-def test_the_normal_gate_keeps_its_far_tail():
-    y = ACTIVATIONS["gglu"].module()(torch.tensor([-10.0]), torch.ones(1))
-    assert y.item() == pytest.approx(7.61985e-24, rel=1e-4)
+@pytest.mark.parametrize("name, x, expected", [("gglu", -10.0, 7.61985e-24), ("sssglu", -1e9, -0.5)])
+def test_gates_keep_their_far_tail(name, x, expected):
+    y = ACTIVATIONS[name].module()(torch.tensor([x]), torch.ones(1))
+    assert y.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_unknown_name():
