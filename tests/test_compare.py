@@ -90,6 +90,8 @@ def test_verdict(difference, half, words):
     interval = None if half is None else [difference - half, difference + half]
     row = {"name": "b", "reference": "a", "difference": difference, "interval": interval, "effect": difference / 0.2}
     assert words in verdict(row) and verdict(row).startswith("b against a: ")
+    row |= {"name": "b lr=1", "reference": "a lr=1"}
+    assert verdict(row).startswith("b lr=1 against a: ")
 
 
 def fake_runs(fake_run, losses, **keys):

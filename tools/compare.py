@@ -436,7 +436,9 @@ def compare_rows(reference, group):
 
 def verdict(row):
     """What a row's difference to its reference says, in words."""
-    text = f"{row['name']} against {row['reference']}: {row['difference']:+.4f} nats per token"
+    _, space, keys = row["name"].partition(" ")
+    reference = row["reference"].removesuffix(space + keys)  # keys that both have are said once
+    text = f"{row['name']} against {reference}: {row['difference']:+.4f} nats per token"
     if row["interval"] is None:
         return f"{text}, of one seed, so without an interval."
     low, high = row["interval"]
