@@ -51,7 +51,7 @@ def test_loss(fake_run, axes_of):
     assert np.allclose(curves(right)["xielu"], [[10_000, -0.1], [20_000, -0.15]])
     half = 12.7062 * 0.05
     assert np.allclose(band(right, 0), (-0.15 - half, -0.15 + half), rtol=1e-4)
-    assert "nats" in left.get_ylabel() and "tokens" in left.get_xlabel() and "relu2, 2 seeds" in right.get_ylabel()
+    assert "nats" in left.get_ylabel() and "tokens" in left.get_xlabel() and "relu2, seeds: 2" in right.get_ylabel()
 
 
 def test_runs_that_share_no_seed_or_diverged(fake_run, axes_of):

@@ -11,6 +11,7 @@ line, their mean, in a band from the lowest to the highest. --out=FILE.png says 
 
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def draw_loss(folders, path):
     differences to the first group over the seeds that all have, with the table's intervals as bands."""
     groups = read_groups(folders)
     columns = min(len(groups), 2)
-    figure, [axes] = new_figure(1, columns, 2 + 4.5 * columns, 4.5)
+    figure, [axes] = new_figure(1, columns, 2 + 4.5 * columns, 4.5 + 0.1 * len(groups))
     for number, (label, group) in enumerate(groups.items()):
         tokens = common_tokens(group)[1:]  # without the untrained model
         if len(tokens) < 2:
@@ -128,7 +129,8 @@ def draw_loss(folders, path):
         axes[0].plot(tokens, losses.mean(axis=0), label=label, linewidth=2, **style)
     late = [loss for group in groups.values() for run in group.values() for loss in last_half(run)]
     axes[0].set(ylabel="validation loss (nats per token)", ylim=limits(late))
-    axes[0].legend(frameon=False)
+    columns = max(1, 110 // (6 + max(map(len, groups))))  # as many as fit below the figure
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     if len(groups) > 1:
         draw_differences(axes[1], groups)
     for axis in axes:
@@ -167,7 +169,7 @@ def draw_differences(axis, groups):
     late = slice(len(tokens) // 2, None)
     shown = [0, *(means + halves)[:, late].flat, *(means - halves)[:, late].flat]
     axis.set(ylim=limits([value for value in shown if math.isfinite(value)]))
-    axis.set_ylabel(f"loss − loss of {first}, {len(seeds)} seeds (nats)")
+    axis.set_ylabel(textwrap.fill(f"loss − loss of {first}, seeds: {len(seeds)} (nats)", 40))
 
 
 def draw_difference(rows, path):
