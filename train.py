@@ -67,6 +67,7 @@ class Config(ModelConfig):
     checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)", low=1)
     keep_checkpoints: int = key(1, "ckpt.pt is the newest; 3, for example, keeps the two before it as well", low=1)
     resume: bool = key(False, "continue the run in `out`; from scratch if it has no checkpoint")
+    resume_from: int = key(0, "go back to the kept checkpoint of this step and continue from there", low=0)
 
     # Resuming with another model, optimizer or sequence of batches would be another run
     FIXED = (*(item.name for item in fields(ModelConfig)), "seed", "tokens_per_step", "optimizer")

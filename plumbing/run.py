@@ -54,28 +54,40 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def kept_checkpoints(out):
-    """The numbered checkpoints in a run's folder, newest first; ckpt.pt is another name of the first."""
-    return sorted(out.glob("ckpt_" + "[0-9]" * 8 + ".pt"), reverse=True)
+def numbered(out, step):
+    """The name of an older checkpoint, which --keep_checkpoints keeps."""
+    return out / f"ckpt_{step:08d}.pt"
 
 
-def load_checkpoint(out):
-    """The newest checkpoint of a run, or None if it has none. If it is damaged, a UserError offers the one before."""
-    path = out / "ckpt.pt"
-    if not path.exists():
-        return None
+def kept_steps(out):
+    """The steps of the older checkpoints in a run's folder, newest first."""
+    return sorted((int(path.stem[5:]) for path in out.glob("ckpt_" + "[0-9]" * 8 + ".pt")), reverse=True)
+
+
+def load_checkpoint(out, step=0):
+    """The checkpoint of a run: the newest, or that of a step; None if the run has none. If it is missing or damaged, a
+    UserError offers an older one."""
+    path = numbered(out, step) if step else out / "ckpt.pt"
+    older = [kept for kept in kept_steps(out) if not step or kept < step]
     try:
-        return read_checkpoint(path)
+        if path.exists():
+            return read_checkpoint(path)
+        if not step and not older:
+            return None
+        problem = f"there is no {path}"
     except UserError as error:
-        hint = "choose another --out to start over"
-        for older in kept_checkpoints(out):
-            try:
-                read_checkpoint(older)
-                hint = f"continue from the one before with  cp {older} {path}"
-                break
-            except UserError:
-                continue
-        raise UserError(f"checkpoint {path} cannot be read ({error}): {hint}") from None
+        problem = f"checkpoint {path} cannot be read ({error})"
+    good = next((kept for kept in older if is_readable(numbered(out, kept))), None)
+    hint = f"continue from an older one with  --resume_from={good}" if good else "choose another --out to start over"
+    raise UserError(f"{problem}: {hint}")
+
+
+def is_readable(path):
+    """Whether read_checkpoint can read a file."""
+    try:
+        return bool(read_checkpoint(path))
+    except UserError:
+        return False
 
 
 def read_log(path, step=math.inf):
@@ -135,53 +147,84 @@ def check_facts(began, now, out):
 # Writing
 
 
-def save_checkpoint(out, checkpoint, keep=1):
-    """Write ckpt.pt and, to keep several, another name for it by its step; remove those beyond `keep`."""
+def save_checkpoint(out, checkpoint, keep=1, before=None):
+    """Write ckpt.pt. To keep several, the one that it replaces, of step `before`, stays under its number; those beyond
+    `keep` are removed."""
+    if keep > 1 and before is not None:
+        number_newest(out, before)
     write_atomically(out / "ckpt.pt", lambda file: torch.save(checkpoint | {"version": VERSION}, file))
-    if keep > 1:
-        numbered = out / f"ckpt_{checkpoint['step']:08d}.pt"
-        numbered.unlink(missing_ok=True)
-        try:
-            os.link(out / "ckpt.pt", numbered)
-        except OSError:  # a file system without links
-            shutil.copy(out / "ckpt.pt", numbered)
-    for old in kept_checkpoints(out)[keep if keep > 1 else 0 :]:
-        old.unlink()
+    for step in kept_steps(out)[keep - 1 :]:
+        numbered(out, step).unlink()
+
+
+def number_newest(out, step):
+    """Give ckpt.pt its number as a second name, which costs no room, until another file takes the place of ckpt.pt."""
+    numbered(out, step).unlink(missing_ok=True)
+    try:
+        os.link(out / "ckpt.pt", numbered(out, step))
+    except OSError:  # a file system without links
+        shutil.copy(out / "ckpt.pt", numbered(out, step))
+
+
+def go_back(out, step):
+    """Make the checkpoint of a step the newest. What the run wrote after it gets names that start with left_."""
+    later = [numbered(out, kept) for kept in kept_steps(out) if kept > step]
+    for path in [*later, out / "log.jsonl", out / "ckpt.pt"]:
+        if path.exists():
+            path.replace(path.with_name(f"left_{path.name}"))
+    numbered(out, step).replace(out / "ckpt.pt")
+    say(f"going back to step {step}: what was written after it is kept as {out}/left_*, which you may delete")
 
 
 class Run:
     """A run and its folder, to which the first process writes; the others keep track of `saved` alone. A full disk does
-    not end the run: the old checkpoint stays, and lines of the log wait in memory."""
+    not end the run: the old checkpoint stays, and lines of the log wait in memory.
+
+    config: the Config. start: the step at which it begins or resumes. saved: the step of the newest checkpoint, or
+    None. seconds: of training so far. facts: what must not change before the run ends. records: those of the log.
+    validated: the steps that have a validation. loaded: the checkpoint, until `restore` has loaded it."""
 
     def __init__(self, Config, from_file, options):
-        """Begin or resume the run that a config file and a command line describe. Nothing is written yet, so that a run
+        """Start or resume the run that a config file and a command line describe. Nothing is written yet, so that a run
         that is refused leaves nothing behind."""
-        asked = from_file | options
-        self.out, resume = Path(asked["out"]), asked["resume"] or RESTARTS > 0
+        keys = from_file | options
+        self.out, self.from_file = Path(keys["out"]), from_file
         self.lock = lock_folder(self.out) if RANK == 0 and self.out.exists() else None
-        self.loaded = saved = load_checkpoint(self.out) if resume else None  # until `restore` has loaded it
-        if resume and asked["dtype"] == "auto":
+        resume = keys["resume"] or keys["resume_from"] or RESTARTS > 0
+        # After a restart by torchrun, the run has gone back already
+        self.back_to = keys["resume_from"] if not RESTARTS or numbered(self.out, keys["resume_from"]).exists() else 0
+        saved = load_checkpoint(self.out, self.back_to) if resume else None
+        if resume and keys["dtype"] == "auto":
             options = options | {"dtype": dtype_taken(self.out, saved)}
         if saved:
-            self.config = Config.resumed(saved, from_file, options | {"out": asked["out"]})
+            self.config = Config.resumed(saved, from_file, options | {"out": keys["out"]})
         else:
             self.config = Config(**(from_file | options))
         self.config.check_batch(WORLD)
-        self.from_file = from_file
-        self.start, self.saved = (
-            (saved["step"], saved["step"]) if saved else (0, None)
-        )  # saved: the newest checkpoint's
-        self.seconds, self.loss_average = (saved["seconds"], saved["loss_average"]) if saved else (0.0, None)
-        self.facts = saved["facts"] if saved else {}  # what must not change before the run ends
+        self.loaded = saved
+        self.start = saved["step"] if saved else 0
+        self.saved = self.start if saved else None
+        self.seconds = saved["seconds"] if saved else 0.0
+        self.loss_average = saved["loss_average"] if saved else None
+        self.facts = saved["facts"] if saved else {}
         self.records = read_log(self.out / "log.jsonl", self.start) if saved else []
+        self.validated = {record["step"] for record in self.records if record["kind"] == "val"}
         if self.start > self.config.max_steps:
             limit = f"max_steps={self.config.max_steps}"
             raise UserError(f"the run in {self.out} is at step {self.start}, beyond {limit}: raise it")
         if RANK == 0 and not resume and any((self.out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
             raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out")
-        if resume and not saved:
+        if saved:
+            self.note_extension(saved["config"])
+        elif resume:
             say(f"{self.out} has no checkpoint: starting from scratch")
-        self.validated = {record["step"] for record in self.records if record["kind"] == "val"}
+
+    def note_extension(self, before):
+        """Say so if a run is extended whose learning rate had begun to fall, as the config `before` says."""
+        fall = before["max_steps"] - before["decay_steps"]
+        if self.config.max_steps > before["max_steps"] and self.start > fall:
+            earlier = next((f", or go back with  --resume_from={s}" for s in kept_steps(self.out) if s <= fall), "")
+            say(f"note: the learning rate has fallen since step {fall}, and returns to {self.config.lr:g} now{earlier}")
 
     @property
     def finished(self):
@@ -203,12 +246,14 @@ class Run:
         self.loaded = None
 
     def open(self, device, dtype):
-        """Write config.json and the log so far, and open the log for more."""
+        """Go back where that is asked for, write config.json and the log so far, and open the log for more."""
         # config.json says what auto took, and what the activation was before somebody edits it during the run
         self.about = {"config": vars(self.config) | {"dtype": str(dtype)[6:]}, "facts": self.facts}
         self.unwritten = bytearray()
         if RANK == 0:
             self.lock = self.lock or lock_folder(self.out)
+            if self.back_to:
+                go_back(self.out, self.back_to)
             origin = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
             origin |= {"device": device_name(device), "commit": git_commit()}
             about = self.about | {"origin": origin}
@@ -226,7 +271,7 @@ class Run:
             if RANK == 0:
                 os.fsync(self.log_file.fileno())  # the log has all lines up to this step
                 checkpoint |= self.about | {"from_file": self.from_file}
-                save_checkpoint(self.out, checkpoint, self.config.keep_checkpoints)
+                save_checkpoint(self.out, checkpoint, self.config.keep_checkpoints, self.saved)
             self.saved = step
         except (OSError, RuntimeError) as error:
             # torch raises an error of its own on top of the system's

@@ -126,9 +126,9 @@ def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "link", refuse)
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, {"step": step}, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt", "ckpt_00000003.pt"]
-    assert (tmp_path / "ckpt.pt").read_bytes() == (tmp_path / "ckpt_00000003.pt").read_bytes()
+        save_checkpoint(tmp_path, {"step": step}, 2, step - 1 or None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt"]
+    assert [read_checkpoint(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_00000002.pt")] == [3, 2]
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -339,18 +339,42 @@ def test_a_full_disk(config, small_disk):
 def test_the_checkpoint_before_is_offered(config, out, capsys):
     here(config, "--keep_checkpoints=3")
     names = sorted(path.name for path in out.glob("ckpt*"))
-    assert names == ["ckpt.pt", "ckpt_00000004.pt", "ckpt_00000008.pt", "ckpt_00000012.pt"]
-    assert [torch.load(out / name, weights_only=True)["step"] for name in names] == [12, 4, 8, 12]
-    assert (out / "ckpt.pt").samefile(out / "ckpt_00000012.pt")  # no more room than three
+    assert names == ["ckpt.pt", "ckpt_00000004.pt", "ckpt_00000008.pt"]
+    assert [torch.load(out / name, weights_only=True)["step"] for name in names] == [12, 4, 8]
     damaged = bytearray((out / "ckpt.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
-    (out / "ckpt.pt").write_bytes(damaged)  # and so ckpt_00000012.pt, which is the same file
-    message = error(capsys, config, "--resume")
-    assert f"cp {out}/ckpt_00000008.pt {out}/ckpt.pt" in message
-    (out / "ckpt.pt").unlink()
-    shutil.copy(out / "ckpt_00000008.pt", out / "ckpt.pt")
-    assert "resuming" in here(config, "--resume", "--keep_checkpoints=2")
-    assert whole(out)["step"] == 12 and not (out / "ckpt_00000004.pt").exists()
+    (out / "ckpt.pt").write_bytes(damaged)
+    assert "continue from an older one with --resume_from=8" in error(capsys, config, "--resume")
+    (out / "ckpt_00000008.pt").write_bytes(damaged)
+    assert "--resume_from=4" in error(capsys, config, "--resume")
+    (out / "ckpt.pt").unlink()  # somebody deleted it
+    assert "there is no" in (message := error(capsys, config, "--resume")) and "--resume_from=4" in message
+    assert "--resume_from=4" in error(capsys, config, "--resume_from=8")
+    assert "choose another --out" in error(capsys, config, "--resume_from=2")
+
+
+def test_going_back_loses_nothing(config, tmp_path, out):
+    """The run goes on from the older checkpoint as it did before. What it had written is kept apart, and a checkpoint of
+    one line is never taken for one of the other."""
+    options = ["--keep_checkpoints=3", "--resume"]
+    here(config, *options)
+    newest, log_before = (out / "ckpt.pt").read_bytes(), log(out)
+    text = here(config, *options, "--resume_from=8", "--max_steps=10", "--decay_steps=2")
+    assert "going back to step 8" in text and "resuming" in text and whole(out)["step"] == 10
+    assert (out / "left_ckpt.pt").read_bytes() == newest
+    assert sorted(path.name for path in out.glob("ckpt*")) == ["ckpt.pt", "ckpt_00000004.pt", "ckpt_00000008.pt"]
+    assert [record["step"] for record in log(out) if record["kind"] == "train"] == list(range(1, 11))
+    left = [json.loads(line) for line in (out / "left_log.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in left] == [record["loss"] for record in log_before]
+    here(config, *options, "--resume_from=4", "--max_steps=12", "--decay_steps=4")  # past a checkpoint of this line
+    assert log(out) == log_before and (out / "left_ckpt_00000008.pt").exists()
+
+
+def test_extending_a_run_whose_learning_rate_has_fallen(config, out):
+    here(config, "--keep_checkpoints=3")  # it falls from step 8 on
+    text = here(config, "--resume", "--max_steps=20", "--keep_checkpoints=3")
+    assert "note: the learning rate has fallen since step 8" in text and "go back with  --resume_from=8" in text
+    assert "note: the learning rate" not in here(config, "--resume", "--resume_from=12", "--max_steps=24")
 
 
 def test_a_checkpoint_that_cannot_be_read(config, tmp_path, out, capsys):
