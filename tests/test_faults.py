@@ -354,8 +354,8 @@ def test_the_checkpoint_before_is_offered(config, out, capsys):
 
 
 def test_going_back_loses_nothing(config, tmp_path, out):
-    """The run goes on from the older checkpoint as it did before. What it had written is kept apart, and a checkpoint of
-    one line is never taken for one of the other."""
+    """The run continues from the older checkpoint as it did before. What it had written is kept apart, and no checkpoint
+    of one line is taken for one of the other."""
     options = ["--keep_checkpoints=3", "--resume"]
     here(config, *options)
     newest, log_before = (out / "ckpt.pt").read_bytes(), log(out)
@@ -374,7 +374,7 @@ def test_extending_a_run_whose_learning_rate_has_fallen(config, out):
     here(config, "--keep_checkpoints=3")  # it falls from step 8 on
     text = here(config, "--resume", "--max_steps=20", "--keep_checkpoints=3")
     assert "note: the learning rate has fallen since step 8" in text and "go back with  --resume_from=8" in text
-    assert "note: the learning rate" not in here(config, "--resume", "--resume_from=12", "--max_steps=24")
+    assert "note: the learning rate" not in here(config, "--resume", "--resume_from=16", "--max_steps=24")
 
 
 def test_a_checkpoint_that_cannot_be_read(config, tmp_path, out, capsys):
