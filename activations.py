@@ -4,9 +4,9 @@ An ungated activation maps one projection x of the MLP; a gated one (a gated lin
 A gate g: ℝ → (0, 1) is used in three ways. Each may be expanded to the range (−α, 1 + α) by one trained scalar α, which
 starts at 0: G(x) = g(x)·(1 + 2α) − α ("Expanded Gating Ranges Improve Activation Functions", arXiv 2405.20768).
 
-    self-gated      x·G(x)          silu, gelu, atlu, ssslu        expanded: xsilu, xgelu, xatlu
-    first order     G(x)·y          glu, gglu, aglu                expanded: xglu, xgglu, xaglu
-    second order    x·G(x)·y        swiglu, geglu, atglu, sssglu   expanded: xswiglu, xgeglu, xatglu
+    self-gated      x·G(x)          silu, gelu, atlu, ssslu            expanded: xsilu, xgelu, xatlu, xssslu
+    first order     G(x)·y          glu, gglu, aglu, ssglu             expanded: xglu, xgglu, xaglu, xssglu
+    second order    x·G(x)·y        swiglu, geglu, atglu, sssglu       expanded: xswiglu, xgeglu, xatglu, xsssglu
 
 To add an activation, write a module and one line in ACTIVATIONS; nothing else needs to change. Or let tools/derive.py
 write it from its gradient: then the name is the path of that file.
@@ -26,14 +26,77 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import xielu
 from plumbing.command import UserError
 from plumbing.inverted import xielu_inverted
-from xielu import XIELU, Integral, fused, partials, upcast, value, xielu_reference
+from xielu import XIELU, cast, chain_rule, effective_scalar, raw_parameter, upcast, xielu_reference
 
 # ---------------------------------------------------------------------------------------------------------------
-# Other gradients, the same integration (from the authors' code; there, the last two train β and take |raw| for α)
+# Integrated gradients
+
+
+def fused(value_of, partials_of):
+    """Make an activation f that passes over memory once each way, as `xielu_fused` does, from two functions of
+    (x, *alphas): value_of returns f(x), partials_of returns f′(x) and ∂f/∂α for each alpha.
+
+    Returns apply(x, *alphas) → f(x), of any shape, differentiable once. alphas: effective scalars, tensors of shape (),
+    through which gradients reach the raw ones.
+    """
+
+    def forward_pass(x, *alphas):
+        return cast(value_of(x, *alphas), x.dtype)
+
+    def backward_pass(x, grad, *alphas):
+        return chain_rule(grad, x.dtype, *partials_of(x, *alphas))
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, *alphas):
+            ctx.save_for_backward(x, *alphas)
+            return xielu.in_one_pass(forward_pass, x, *alphas)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad):
+            x, *alphas = ctx.saved_tensors
+            return xielu.in_one_pass(backward_pass, x, grad, *alphas)
+
+    def apply(x, *alphas):
+        x_flat = x.reshape(-1)  # so that one compilation serves every shape
+        # Without gradients, torch.compile takes x for ctx where a call has as many arguments as forward has parameters.
+        call = Fused.apply if torch.is_grad_enabled() else partial(xielu.in_one_pass, forward_pass)
+        return call(x_flat, *alphas).view(x.shape)
+
+    return apply
+
+
+class Integral(nn.Module):
+    """An activation with trained scalars. function(x, *effective scalars) → f(x), as `fused` makes it; scalars: {name:
+    (effective value at the start, bound that it stays above; None: it is trained as it is, without a softplus)}. The
+    parameter of a scalar is called raw_NAME."""
+
+    def __init__(self, function, scalars):
+        super().__init__()
+        self.function = function
+        self.bounds = {name: bound for name, (_, bound) in scalars.items()}
+        for name, (start, bound) in scalars.items():
+            setattr(self, f"raw_{name}", raw_parameter(start, bound))
+
+    def effective_scalars(self):
+        """{name: effective scalar}, each a tensor of shape ()."""
+        return {name: effective_scalar(getattr(self, f"raw_{name}"), bound) for name, bound in self.bounds.items()}
+
+    def forward(self, x):
+        return self.function(x, *self.effective_scalars().values())
+
+    def effective(self):
+        """{name: effective scalar} as Python floats, for the log."""
+        return {name: scalar.item() for name, scalar in self.effective_scalars().items()}
+
+
+# Both from the authors' code, as are the two after them; there, those train β too, and take |raw| for α.
 
 
 def xiprelu_value(x, alpha_p, alpha_n, beta=0.5):
@@ -46,17 +109,6 @@ def xiprelu_partials(x, alpha_p, alpha_n, beta=0.5):
     z = upcast(x)
     slope = 2 * torch.where(z > 0, alpha_p, alpha_n) * z + beta
     return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * z)
-
-
-def xiep_value(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
-    """The integral of PolyReLU and ELU: xIELU plus αp3·x³ for x > 0."""
-    return value(x, alpha_p, alpha_n, beta) + alpha_p3 * torch.relu(upcast(x)) ** 3
-
-
-def xiep_partials(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
-    positive = torch.relu(upcast(x))
-    slope, by_p, by_n = partials(x, alpha_p, alpha_n, beta)
-    return slope + 3 * alpha_p3 * positive**2, by_p, by_n, positive**3
 
 
 def xssslur2_value(x, alpha_p, alpha_n, beta=0.5):
@@ -74,21 +126,24 @@ def xssslur2_partials(x, alpha_p, alpha_n, beta=0.5):
     return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * s)
 
 
-def xssslupr_value(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
-    """xSSSLUR2 plus αp3·x³ for x > 0."""
-    return xssslur2_value(x, alpha_p, alpha_n, beta) + alpha_p3 * torch.relu(upcast(x)) ** 3
+def plus_cubic(value, partials):
+    """The value and the partials of f(x) + αp3·max(x, 0)³, from those of f."""
 
+    def value_of(x, alpha_p, alpha_n, alpha_p3):
+        return value(x, alpha_p, alpha_n, 0.5) + alpha_p3 * torch.relu(upcast(x)) ** 3
 
-def xssslupr_partials(x, alpha_p, alpha_n, alpha_p3, beta=0.5):
-    positive = torch.relu(upcast(x))
-    slope, by_p, by_n = xssslur2_partials(x, alpha_p, alpha_n, beta)
-    return slope + 3 * alpha_p3 * positive**2, by_p, by_n, positive**3
+    def partials_of(x, alpha_p, alpha_n, alpha_p3):
+        positive = torch.relu(upcast(x))
+        slope, *others = partials(x, alpha_p, alpha_n, 0.5)
+        return slope + 3 * alpha_p3 * positive**2, *others, positive**3
+
+    return value_of, partials_of
 
 
 xiprelu = fused(xiprelu_value, xiprelu_partials)
-xiep = fused(xiep_value, xiep_partials)
+xiep = fused(*plus_cubic(xielu.value, xielu.partials))  # the integral of PolyReLU and ELU
 xssslur2 = fused(xssslur2_value, xssslur2_partials)
-xssslupr = fused(xssslupr_value, xssslupr_partials)
+xssslupr = fused(*plus_cubic(xssslur2_value, xssslur2_partials))
 
 # ---------------------------------------------------------------------------------------------------------------
 # Gates
@@ -110,43 +165,29 @@ def arctan(x):
 
 
 def softsign(x):
-    """(s(x) + 1)/2 for s(x) = x/(1 + |x|), the gate of SSSLU. 1/(1 − x) keeps the digits of the far negative tail,
-    where s + 1 rounds to 0."""
+    """(x/(1 + |x|) + 1)/2, the gate of SSSLU. 1/(1 − x) keeps the digits of the far negative tail, where the sum rounds
+    to 0."""
     return torch.where(x >= 0, 0.5 + 0.5 * F.softsign(x), 0.5 / (1 + x.abs()))
 
 
-class Gate(nn.Module):
-    """G(x) = g(x)·(1 + 2α) − α for a gate function g. If expanded, α is trained as it is, without a softplus, and
-    starts at 0, where G is g; else it is 0."""
+class Gated(nn.Module):
+    """form(x, G(x)), or form(x, G(x), y) for a gated linear unit, with G(x) = g(x)·(1 + 2α) − α for a gate function g.
+    If expanded, α is trained as it is, without a softplus, and starts at 0, where G is g; else it is 0."""
 
-    def __init__(self, function, expanded=False):
+    def __init__(self, gate, form, expanded=False):
         super().__init__()
-        self.function = function
+        self.gate, self.form = gate, form
         self.alpha = nn.Parameter(torch.zeros(1)) if expanded else None
 
-    def gate(self, x):
-        """G(x) in at least float32."""
-        g = self.function(upcast(x))
-        return g if self.alpha is None else g * (1 + 2 * self.alpha) - self.alpha
+    def forward(self, x, *y):
+        g = self.gate(upcast(x))
+        if self.alpha is not None:
+            g = g * (1 + 2 * self.alpha) - self.alpha
+        return self.form(upcast(x), g, *map(upcast, y)).to(x.dtype)
 
     def effective(self):
         """{"alpha": α} as a Python float, for the log; {} if there is none."""
         return {} if self.alpha is None else {"alpha": self.alpha.item()}
-
-
-class SelfGated(Gate):
-    def forward(self, x):
-        return (upcast(x) * self.gate(x)).to(x.dtype)
-
-
-class FirstOrderGLU(Gate):
-    def forward(self, x, y):
-        return (self.gate(x) * upcast(y)).to(x.dtype)
-
-
-class SecondOrderGLU(Gate):
-    def forward(self, x, y):
-        return (upcast(x) * self.gate(x) * upcast(y)).to(x.dtype)
 
 
 class ReLUSquared(nn.Module):
@@ -198,28 +239,22 @@ ACTIVATIONS = {
         "αp·x² + βx for x > 0, αn·x·s(x) + βx for x ≤ 0, s(x) = x/(1 + |x|)", partial(Integral, xssslur2, ABOVE_BETA)
     ),
     "xssslupr": Activation("xssslur2(x) + αp3·max(x, 0)³", partial(Integral, xssslupr, ABOVE_BETA | CUBIC)),
-    # self-gated
-    "atlu": Activation("x·(arctan(x)/π + ½)", partial(SelfGated, arctan)),
-    "ssslu": Activation("x·(s(x) + 1)/2, s(x) = x/(1 + |x|)", partial(SelfGated, softsign)),
-    "xsilu": Activation("x·(σ(x)·(1 + 2α) − α)", partial(SelfGated, sigmoid, True)),
-    "xgelu": Activation("x·(Φ(x)·(1 + 2α) − α)", partial(SelfGated, normal_cdf, True)),
-    "xatlu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)", partial(SelfGated, arctan, True)),
-    # gated linear units of first order
-    "glu": Activation("σ(x)·y", partial(FirstOrderGLU, sigmoid), gated=True),
-    "gglu": Activation("Φ(x)·y", partial(FirstOrderGLU, normal_cdf), gated=True),
-    "aglu": Activation("(arctan(x)/π + ½)·y", partial(FirstOrderGLU, arctan), gated=True),
-    "xglu": Activation("(σ(x)·(1 + 2α) − α)·y", partial(FirstOrderGLU, sigmoid, True), gated=True),
-    "xgglu": Activation("(Φ(x)·(1 + 2α) − α)·y", partial(FirstOrderGLU, normal_cdf, True), gated=True),
-    "xaglu": Activation("((arctan(x)/π + ½)·(1 + 2α) − α)·y", partial(FirstOrderGLU, arctan, True), gated=True),
-    # gated linear units of second order
-    "swiglu": Activation("x·σ(x)·y", partial(SecondOrderGLU, sigmoid), gated=True),
-    "geglu": Activation("x·Φ(x)·y", partial(SecondOrderGLU, normal_cdf), gated=True),
-    "atglu": Activation("x·(arctan(x)/π + ½)·y", partial(SecondOrderGLU, arctan), gated=True),
-    "sssglu": Activation("x·(s(x) + 1)/2·y, s(x) = x/(1 + |x|)", partial(SecondOrderGLU, softsign), gated=True),
-    "xswiglu": Activation("x·(σ(x)·(1 + 2α) − α)·y", partial(SecondOrderGLU, sigmoid, True), gated=True),
-    "xgeglu": Activation("x·(Φ(x)·(1 + 2α) − α)·y", partial(SecondOrderGLU, normal_cdf, True), gated=True),
-    "xatglu": Activation("x·((arctan(x)/π + ½)·(1 + 2α) − α)·y", partial(SecondOrderGLU, arctan, True), gated=True),
 }
+
+# {g(x): (g, names of the self-gated activation and of the linear units of first and second order)}
+GATES = {
+    "σ(x)": (sigmoid, ("silu", "glu", "swiglu")),
+    "Φ(x)": (normal_cdf, ("gelu", "gglu", "geglu")),
+    "(arctan(x)/π + ½)": (arctan, ("atlu", "aglu", "atglu")),
+    "(x/(1 + |x|) + 1)/2": (softsign, ("ssslu", "ssglu", "sssglu")),
+}
+FORMS = {"x·{}": lambda x, g: x * g, "{}·y": lambda x, g, y: g * y, "x·{}·y": lambda x, g, y: x * g * y}
+for g, (gate, names) in GATES.items():
+    for name, (formula, form) in zip(names, FORMS.items()):
+        # silu and gelu are there already, as PyTorch computes them
+        ACTIVATIONS.setdefault(name, Activation(formula.format(g), partial(Gated, gate, form), "y" in formula))
+        expanded = formula.format(f"({g}·(1 + 2α) − α)")
+        ACTIVATIONS["x" + name] = Activation(expanded, partial(Gated, gate, form, expanded=True), "y" in formula)
 
 
 @functools.cache

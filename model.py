@@ -245,7 +245,7 @@ class Llama(nn.Module):
         # operations it is one kernel (docs/speed.md).
         options = {"realize_opcount_threshold": 200} if self.cos.is_cuda else None
         for layer in self.layers:
-            layer.compile(options=options)
+            layer.compile(fullgraph=True, options=options)  # a graph break would be slow, and say nothing
         self.norm.compile()
         self.chunk_loss = torch.compile(chunk_loss)
 

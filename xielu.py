@@ -19,9 +19,9 @@ softplus(raw) stays above 0, and αn = β + softplus(raw) stays above β, so tha
 start at 0.8. In this code `raw` is the number that is trained and `alpha` the number in the formula.
 
 This file reads from the table to the module: `value` is its row f, and the reference leaves the rest to autograd;
-`partials` writes down the other rows; `fused` turns the pair into a function that passes over memory once in the
-forward pass and once in the backward pass; XIELU adds the trained scalars. It imports nothing but PyTorch: copy it
-into your own project and use XIELU().
+`partials` writes down the other rows; `xielu_fused` takes f from one and the gradients from the other, and passes over
+memory once in the forward pass and once in the backward pass; XIELU adds the trained scalars. It imports nothing but
+PyTorch: copy it into your own project and use XIELU().
 """
 
 import functools
@@ -63,11 +63,11 @@ def raw_parameter(effective, bound=0.0):
     return nn.Parameter(torch.tensor([math.log(math.expm1(effective - bound))], dtype=torch.float32))
 
 
-# Near 0, eˣ − 1 − x computed as it stands loses all its digits: from −CUT up we use its Taylor series instead. A
-# smaller CUT would lose digits below it, a larger one would need more terms. At −CUT the first term left out is,
-# relative to the sum, below half the epsilon of the dtype (float32: 0.42 of it).
-CUT = 0.5
-DEGREE = {torch.float32: 8, torch.float64: 15}
+# Near 0, eˣ − 1 − x computed as it stands loses all its digits: from −cut up we use its Taylor series instead. A
+# smaller cut would lose digits below it, a larger one would need more terms. {dtype of x: (cut, degree of the series)}:
+# at −cut the first term left out is, relative to the sum, below half the epsilon of float32 (0.42 of it) or float64. In
+# bf16, where x² / 2 + x³ / 6 is right to 2e-5 and eˣ − 1 − x beyond to 5e-4, y is rounded to 2e-3 anyway.
+SERIES = {torch.bfloat16: (2**-6, 3), torch.float16: (0.5, 8), torch.float32: (0.5, 8), torch.float64: (0.5, 15)}
 
 
 def exp_remainder(x, degree):
@@ -79,7 +79,7 @@ def exp_remainder(x, degree):
 
 
 def expm1_far(x):
-    """eˣ − 1 for x ≤ −CUT. exp2 is one instruction on a GPU, exp and expm1 are several."""
+    """eˣ − 1 for x ≤ −cut. exp2 is one instruction on a GPU, exp and expm1 are several."""
     return torch.exp2(x * math.log2(math.e)) - 1
 
 
@@ -90,12 +90,12 @@ def expm1_far(x):
 def value(x, alpha_p, alpha_n, beta):
     """f(x), in at least float32. Autograd multiplies the branches that were not taken by 0, and 0 · ∞ is NaN. So each
     branch sees x clamped to its own part of the axis, where it cannot overflow."""
-    z = upcast(x)
-    positive, near, far = z.clamp(min=0), z.clamp(-CUT, 0), z.clamp(max=-CUT)
+    z, (cut, degree) = upcast(x), SERIES[x.dtype]
+    positive, near, far = z.clamp(min=0), z.clamp(-cut, 0), z.clamp(max=-cut)
     of_positive = (alpha_p * positive + beta) * positive
-    of_near = alpha_n * exp_remainder(near, DEGREE[z.dtype]) + beta * near
+    of_near = alpha_n * exp_remainder(near, degree) + beta * near
     of_far = alpha_n * expm1_far(far) - (alpha_n - beta) * far  # grouped so that no term overflows before f does
-    return torch.where(z > 0, of_positive, torch.where(z > -CUT, of_near, of_far))
+    return torch.where(z > 0, of_positive, torch.where(z > -cut, of_near, of_far))
 
 
 def xielu_reference(x, raw_p, raw_n, beta=0.5):
@@ -105,15 +105,15 @@ def xielu_reference(x, raw_p, raw_n, beta=0.5):
 
 def partials(x, alpha_p, alpha_n, beta):
     """f′(x), ∂f/∂αp and ∂f/∂αn, in at least float32."""
-    z = upcast(x)
-    near, far = exp_remainder(z, DEGREE[z.dtype]), expm1_far(z)
-    expm1, remainder = torch.where(z > -CUT, near + z, far), torch.where(z > -CUT, near, far - z)
+    z, (cut, degree) = upcast(x), SERIES[x.dtype]
+    near, far = exp_remainder(z, degree), expm1_far(z)
+    expm1, remainder = torch.where(z > -cut, near + z, far), torch.where(z > -cut, near, far - z)
     slope = torch.where(z > 0, 2 * alpha_p * z, alpha_n * expm1) + beta
     return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, remainder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The mechanism: value and partials, each compiled to one pass over memory
+# Compiling: one pass over memory
 
 # Whether to compile at all; train.py --compile=False clears it.
 COMPILE = True
@@ -147,98 +147,70 @@ def in_one_pass(function, x, *others):
     return compiled(function)(x, *others)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Forward and backward, each in one pass
+
+
+def forward_pass(x, alpha_p, alpha_n, beta):
+    """f(x) in the dtype of x."""
+    return cast(value(x, alpha_p, alpha_n, beta), x.dtype)
+
+
+def chain_rule(grad, dtype, slope, *by_alpha):
+    """∂L/∂x in that dtype and ∂L/∂α for each alpha, from ∂L/∂y, f′(x) and each ∂f/∂α."""
+    grad = upcast(grad)
+    # where: a partial may overflow to ∞ at an x whose gradient is 0, and 0 · ∞ is NaN
+    return (grad * slope).to(dtype), *(torch.where(grad == 0, 0, grad * partial).sum() for partial in by_alpha)
+
+
+def backward_pass(x, grad, alpha_p, alpha_n, beta):
+    """∂L/∂x, ∂L/∂αp and ∂L/∂αn."""
+    return chain_rule(grad, x.dtype, *partials(x, alpha_p, alpha_n, beta))
+
+
 class Fused(torch.autograd.Function):
-    """y by forward_pass(x), then ∂L/∂x and each ∂L/∂α by backward_pass(x, ∂L/∂y). Only x and the scalars are kept."""
+    """Of xIELU, only x and its scalars are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, forward_pass, backward_pass, fixed, *alphas):
-        ctx.save_for_backward(x, *alphas)
-        ctx.backward_pass, ctx.fixed = backward_pass, fixed
-        return in_one_pass(forward_pass, x, *alphas, *fixed)
+    def forward(ctx, x, alpha_p, alpha_n, beta):
+        ctx.save_for_backward(x, alpha_p, alpha_n)
+        ctx.beta = beta
+        return in_one_pass(forward_pass, x, alpha_p, alpha_n, beta)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, *alphas = ctx.saved_tensors
-        grad_x, *grads = in_one_pass(ctx.backward_pass, x, grad, *alphas, *ctx.fixed)
-        return grad_x, None, None, None, *(total.to(alpha.dtype) for total, alpha in zip(grads, alphas))
-
-
-def chain_rule(grad, slope, *by_alpha):
-    """∂L/∂x and ∂L/∂α for each alpha, in at least float32, from ∂L/∂y, f′(x) and each ∂f/∂α."""
-    grad = upcast(grad)
-    # where: a partial may overflow to ∞ at an x whose gradient is 0, and 0 · ∞ is NaN
-    grads = [torch.where(grad == 0, 0, grad * partial).sum() for partial in by_alpha]
-    return grad * slope, *grads
-
-
-def fused(value_of, partials_of):
-    """Make an activation f that passes over memory once each way, from two functions of (x, *alphas, *fixed): value_of
-    returns f(x), partials_of returns f′(x) and ∂f/∂α for each alpha.
-
-    Returns apply(x, *alphas, fixed=()) → f(x), of any shape, differentiable once. alphas: effective scalars, tensors of
-    shape (), through which gradients reach the raw ones; fixed: numbers.
-    """
-
-    def forward_pass(x, *scalars):
-        return cast(value_of(x, *scalars), x.dtype)
-
-    def backward_pass(x, grad, *scalars):
-        grad_x, *grads = chain_rule(grad, *partials_of(x, *scalars))
-        return grad_x.to(x.dtype), *grads
-
-    def apply(x, *alphas, fixed=()):
-        # flat, so that one compilation serves every shape
-        return Fused.apply(x.reshape(-1), forward_pass, backward_pass, fixed, *alphas).view(x.shape)
-
-    return apply
-
-
-xielu_of_alphas = fused(value, partials)
+        x, alpha_p, alpha_n = ctx.saved_tensors
+        return *in_one_pass(backward_pass, x, grad, alpha_p, alpha_n, ctx.beta), None
 
 
 def xielu_fused(x, raw_p, raw_n, beta=0.5):
     """The same function as `xielu_reference`: forward reads x and writes y; backward reads x and ∂L/∂y, writes ∂L/∂x
     and sums the gradients of both scalars on the way."""
-    return xielu_of_alphas(x, effective_scalar(raw_p), effective_scalar(raw_n, bound=beta), fixed=(beta,))
+    # flat, so that one compilation serves every shape
+    y = Fused.apply(x.reshape(-1), effective_scalar(raw_p), effective_scalar(raw_n, bound=beta), beta)
+    return y.view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The module
 
 
-class Integral(nn.Module):
-    """An activation with trained scalars. function(x, *effective scalars) → f(x), as `fused` makes it; scalars: {name:
-    (effective value at the start, bound that it stays above, or None)}. The parameter of a scalar is called raw_NAME.
-    """
-
-    def __init__(self, function, scalars):
-        super().__init__()
-        self.function = function
-        self.bounds = {name: bound for name, (_, bound) in scalars.items()}
-        for name, (start, bound) in scalars.items():
-            setattr(self, f"raw_{name}", raw_parameter(start, bound))
-
-    def effective_scalars(self):
-        """{name: effective scalar}, each a tensor of shape ()."""
-        return {name: effective_scalar(getattr(self, f"raw_{name}"), bound) for name, bound in self.bounds.items()}
-
-    def forward(self, x):
-        return self.function(x, *self.effective_scalars().values())
-
-    def effective(self):
-        """{name: effective scalar} as Python floats, for the log."""
-        return {name: scalar.item() for name, scalar in self.effective_scalars().items()}
-
-
-class XIELU(Integral):
+class XIELU(nn.Module):
     """xIELU with its two trained scalars. alpha_p and alpha_n are the *effective* values to start at. function:
     `xielu_fused`, `xielu_reference` or inverted.py's `xielu_inverted`, which take the raw scalars, so that each can
     also be called without a module."""
 
     def __init__(self, alpha_p=0.8, alpha_n=0.8, beta=0.5, function=xielu_fused):
-        super().__init__(function, {"alpha_p": (alpha_p, 0.0), "alpha_n": (alpha_n, beta)})
-        self.beta = beta
+        super().__init__()
+        self.raw_alpha_p = raw_parameter(alpha_p)
+        self.raw_alpha_n = raw_parameter(alpha_n, bound=beta)
+        self.beta, self.function = beta, function
 
     def forward(self, x):
         return self.function(x, self.raw_alpha_p, self.raw_alpha_n, self.beta)
+
+    def effective(self):
+        """{name: effective scalar} as Python floats, for the log."""
+        alpha_p, alpha_n = effective_scalar(self.raw_alpha_p), effective_scalar(self.raw_alpha_n, bound=self.beta)
+        return {"alpha_p": alpha_p.item(), "alpha_n": alpha_n.item()}

@@ -84,8 +84,7 @@ def forward_pass(x, alpha_p, alpha_n, beta):
 def backward_pass(y, bits, grad, alpha_p, alpha_n, beta):
     """∂L/∂x, ∂L/∂αp and ∂L/∂αn, from the x that became y."""
     x = invert(y, unpack(bits, y.numel()), alpha_p, alpha_n, beta)
-    grad_x, grad_p, grad_n = chain_rule(grad, *partials(x, alpha_p, alpha_n, beta))
-    return grad_x.to(y.dtype), grad_p.to(alpha_p.dtype), grad_n.to(alpha_n.dtype)
+    return chain_rule(grad, y.dtype, *partials(x, alpha_p, alpha_n, beta))
 
 
 class Inverted(torch.autograd.Function):

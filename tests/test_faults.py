@@ -480,12 +480,12 @@ def test_what_an_activation_computes(edited):
     began = list(facts_of(str(edited("", ""))).values())
     for old, new, changed in [
         ("def xielu_reference(", "def renamed(", False),
-        ("CUT = 0.5", "CUT = 0.25", False),
-        ("float32: 8", "float32: 9", False),
+        ("float64: (0.5, 15)", "float64: (0.25, 15)", False),
+        ("float32: (0.5, 8)", "float32: (0.5, 9)", False),
         ("math.log2(math.e)", "1.44", True),
         ("2 * alpha_p * z", "3 * alpha_p * z", True),
         ("(alpha_p * positive + beta) * positive", "(alpha_p * positive - beta) * positive", True),
-        ('"alpha_p": (alpha_p, 0.0)', '"alpha_p": (alpha_p, 0.1)', True),
+        ("raw_parameter(alpha_p)", "raw_parameter(alpha_p, 0.1)", True),
     ]:
         now = list(facts_of(str(edited(old, new))).values())
         with pytest.raises(UserError) if changed else contextlib.nullcontext():

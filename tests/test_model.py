@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
+from activations import ACTIVATIONS, Activation
 from model import IGNORE, Llama, ModelConfig, apply_rope
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=48, vocab_size=31, seq_len=16)
@@ -169,6 +170,49 @@ def test_compiled_parts_equal_eager_and_keep_names(activation):
     model.compile_parts()
     assert list(model.state_dict()) == names
     torch.testing.assert_close(loss_and_gradients(model, tokens(), tokens(seed=1)), eager, rtol=1e-4, atol=1e-6)
+
+
+DERIVED = """
+from activations import Activation, Integral, fused
+
+def value(x, a, b):
+    return a * x * x + b * x
+
+def partials(x, a, b):
+    return 2 * a * x + b, x * x, x
+
+ACTIVATION = Activation("a·x² + b·x", lambda: Integral(fused(value, partials), {"a": (1.0, 0.0), "b": (0.5, None)}))
+"""
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "derived"])
+def test_layers_are_one_graph(tmp_path, activation):
+    """Forward, backward and without gradients, captured by torch.compile and left as they are."""
+    if activation == "derived":
+        (tmp_path / "parabola.py").write_text(DERIVED, "utf-8")
+        activation = str(tmp_path / "parabola.py")
+    model = Llama(ModelConfig(**TINY, activation=activation), seed=0)
+    layer, inputs = model.layers[0], (torch.randn(2, 16, 32), model.cos, model.sin)
+    torch._dynamo.reset()
+    graph = torch.compile(layer, backend="eager", fullgraph=True)
+    grads = [torch.autograd.grad(f(*inputs).square().sum(), layer.parameters()) for f in (graph, layer)]
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(*inputs), layer(*inputs))
+
+
+class BreaksTheGraph(torch.nn.Module):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+def test_a_graph_break_is_an_error(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "broken", Activation("x", BreaksTheGraph))
+    model = Llama(ModelConfig(**TINY, activation="broken"))
+    model.compile_parts()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(tokens(), tokens())
 
 
 def test_activation_scalars_and_effective_alphas():

@@ -234,8 +234,7 @@ from functools import partial
 
 import torch
 
-from activations import Activation
-from xielu import Integral, fused
+from activations import Activation, Integral, fused
 
 {constants}
 
