@@ -15,6 +15,7 @@ write it from its gradient: then the name is the path of that file.
 import difflib
 import functools
 import importlib.util
+import inspect
 import math
 import re
 import sys
@@ -210,12 +211,17 @@ class LeakyReLUSquared(nn.Module):
 
 @dataclass(frozen=True)
 class Activation:
-    """formula: one line of mathematics. module: called without arguments, makes an nn.Module that keeps shape and dtype
-    of x; its parameters take no weight decay. gated: it takes two projections (x, y)."""
+    """formula: one line of mathematics. module: called without arguments, or with the MLP's width if it has a parameter
+    `width`, makes an nn.Module that keeps shape and dtype of x; what that trains takes no weight decay. gated: it takes
+    two projections (x, y)."""
 
     formula: str
-    module: Callable[[], nn.Module]
+    module: Callable[..., nn.Module]
     gated: bool = False
+
+    def build(self, width):
+        """The module, for an MLP of this width."""
+        return self.module(width) if "width" in inspect.signature(self.module).parameters else self.module()
 
 
 XIELU_FORMULA = "αp·x² + βx for x > 0, αn·(eˣ − 1 − x) + βx for x ≤ 0"
@@ -294,6 +300,35 @@ def get_activation(name):
     raise UserError(f"unknown activation {name!r}: {hint}known are {', '.join(ACTIVATIONS)}")
 
 
+def check_activation(name, width, compiles):
+    """Try an activation once, forward and backward, in float32 and bfloat16: UserError if it breaks its contract."""
+    activation, at = get_activation(name), ""
+    try:
+        module = activation.build(width)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{type(module).__name__} is not a torch.nn.Module: write a class whose forward calls it")
+        f = torch.compile(module, backend="eager", fullgraph=True) if compiles else module
+        for dtype in (torch.float32, torch.bfloat16):
+            at = f" in {str(dtype)[6:]}"
+            inputs = [torch.randn(2, width, dtype=dtype).requires_grad_() for _ in range(2 if activation.gated else 1)]
+            y = f(*inputs)
+            if y.shape != inputs[0].shape:
+                raise TypeError(f"it makes {tuple(y.shape)} of {tuple(inputs[0].shape)}, and must keep the shape")
+            if y.dtype != dtype:
+                raise TypeError(f"it returns {str(y.dtype)[6:]}: end its forward with .to(x.dtype)")
+            trained = dict(module.named_parameters())
+            grads = torch.autograd.grad(y.sum(), (*inputs, *trained.values()), allow_unused=True)
+            for label, grad in zip(("x", "y")[: len(inputs)] + (*trained,), grads):
+                if grad is None:
+                    raise TypeError(f"{label} gets no gradient: use it in forward, or leave it out")
+        for label, value in getattr(module, "effective", dict)().items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"effective() has a {type(value).__name__} as {label!r}: return numbers, by .item()")
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"activation {short_name(name)}{at}: {type(error).__name__}: {reason}") from None
+
+
 def curve(module, x, gated=False):
     """f, f′ and the gradients of the parameters, each summed over x, of an activation at x, uncompiled; for a gated one
     at y = 1."""
@@ -309,6 +344,6 @@ def facts_of(name):
     """What must not change about an activation while a run is under way: its formula, and what it computes."""
     activation = get_activation(name)
     x = torch.tensor([-9.0, -3.0, -1.0, -0.3, -0.01, 0.01, 0.3, 1.0, 3.0, 9.0], dtype=torch.float64)
-    results = curve(activation.module(), x, activation.gated)
+    results = curve(activation.build(len(x)), x, activation.gated)
     numbers = [float(f"{number:.9g}") for result in results for number in result.flatten().tolist()]
     return {f"the formula of {short_name(name)}": activation.formula, f"what {short_name(name)} computes": numbers}

@@ -25,8 +25,7 @@ from xielu import upcast
 # Targets of this value are ignored: they pad the last validation batch.
 IGNORE = -1
 
-# The loss sees at most this many logits at a time (2 GB in bfloat16): at 20480 tokens × 147456 words, all of them at
-# once would be 6 GB, and their gradient as much again.
+# Without a GPU, the loss sees at most this many logits at a time (2 GB in bfloat16).
 LOGITS_AT_ONCE = 2**30
 
 
@@ -147,7 +146,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.dim, config.mlp_dim)
         self.gate_proj = Linear(config.dim, config.mlp_dim) if config.gated else None
         self.down_proj = Linear(config.mlp_dim, config.dim)
-        self.act_fn = get_activation(config.activation).module()
+        self.act_fn = get_activation(config.activation).build(config.mlp_dim)
 
     def forward(self, x):
         if self.gate_proj is None:
@@ -178,6 +177,8 @@ class Llama(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.chunk_loss = chunk_loss  # compile_parts replaces it by its compiled form
+        if seed is not None:  # None where a checkpoint fills the weights
+            torch.manual_seed(seed)  # an activation's module may draw its own
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -187,7 +188,7 @@ class Llama(nn.Module):
         cos, sin = rope_table(config.seq_len, config.head_dim, config.rope_theta)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        if seed is not None:  # None where a checkpoint fills them
+        if seed is not None:
             self.init_weights(seed)
 
     @torch.no_grad()
@@ -197,13 +198,13 @@ class Llama(nn.Module):
             embedding, untied head, q, k, v, up, gate      N(0, init_std)
             o_proj, down_proj (they add to the residual)   N(0, init_std / √(2·n_layers))
             norm gains                                     1
-            activation scalars                             as their module made them
+            parameters of the activation                   as its module made them
 
         Each weight is drawn on the CPU from a random stream of its own, set by (seed, name): models that differ only
         in their activation share every weight that both have, on any device.
         """
         for name, weight in self.named_parameters():
-            if weight.ndim < 2 or weight.is_meta:
+            if weight.is_meta or ".act_fn." in name or "norm" in name:
                 continue
             std = self.config.init_std
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -228,9 +229,10 @@ class Llama(nn.Module):
 
     def loss(self, x, targets, reduction):
         """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
-        reduction "mean" (nats per token) or "sum". Never more than LOGITS_AT_ONCE logits at a time."""
+        reduction "mean" (nats per token) or "sum". Never more than chunk_rows rows of logits at a time."""
         x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
-        rows = chunk_rows(self.config.vocab_size)
+        memory = torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else None
+        rows = chunk_rows(len(x), self.config.vocab_size, memory)
         if len(x) > rows and torch.is_grad_enabled():
             total = ChunkedLoss.apply(x, weight, targets, rows, self.chunk_loss)
         else:
@@ -249,9 +251,14 @@ class Llama(nn.Module):
         self.norm.compile()
         self.chunk_loss = torch.compile(chunk_loss)
 
-    def activation_scalars(self):
-        """The trained scalars of the activations, which take no weight decay."""
-        return [scalar for layer in self.layers for scalar in layer.mlp.act_fn.parameters()]
+    def activation_parameters(self):
+        """What the activations train, of any shape, which takes no weight decay."""
+        return [weight for layer in self.layers for weight in layer.mlp.act_fn.parameters()]
+
+    def matrices(self):
+        """The weights of the layers' Linear modules, which Muon can take."""
+        modules = self.layers.named_modules()
+        return [m.weight for name, m in modules if isinstance(m, Linear) and ".act_fn." not in name]
 
     def effective_alphas(self):
         """{name: [value in each layer]} of the activation's effective scalars; {} if it has none."""
@@ -268,10 +275,14 @@ class Llama(nn.Module):
         return 6 * multiplying + 12 * self.config.n_layers * self.config.dim * self.config.seq_len
 
 
-def chunk_rows(vocab_size):
-    """Rows of logits that the loss computes at once: a power of two, so that chunks are equal (4096 at 147456
-    words)."""
-    return 2 ** int(math.log2(max(1, LOGITS_AT_ONCE // vocab_size)))
+def chunk_rows(rows, vocab_size, gpu_memory=None):
+    """How many of the rows of logits the loss computes at once: as many as LOGITS_AT_ONCE allows or, given the bytes of
+    a GPU's memory, an eighth of it in bfloat16. They divide `rows`: one compilation serves equal chunks."""
+    limit = LOGITS_AT_ONCE if gpu_memory is None else gpu_memory // 16
+    chunks = max(1, math.ceil(rows * vocab_size / limit))
+    while chunks < rows and rows % chunks:
+        chunks += 1
+    return max(1, rows // chunks)
 
 
 def chunk_loss(x, weight, targets):

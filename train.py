@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import xielu
-from activations import facts_of
+from activations import check_activation, facts_of
 from model import IGNORE, Llama, ModelConfig
 from plumbing import machine
 from plumbing.command import UserError, format_seconds, run_command
@@ -118,6 +118,7 @@ def train(argv):
 
     # The data
     corpus, validation, meta, facts = open_data(config, say)
+    check_activation(config.activation, config.mlp_dim, config.compile)
     run.keep(facts | facts_of(config.activation))
 
     # The machine
@@ -150,6 +151,7 @@ def train(argv):
 
         # 2. the gradient of this step's batch
         began = time.perf_counter()
+        torch.manual_seed(hash((config.seed, step, RANK)))  # of a dropout, say: a resumed run draws the same
         loss, grad_norm = compute_gradient(trained, next(batch_of_step), config)
         [loss], stopping = machine.agree([loss / WORLD], device)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -216,11 +218,11 @@ def introduce(model, config, device, dtype):
 
 
 def make_optimizers(model, config):
-    """[AdamW in one fused kernel], with weight decay on everything but the activation scalars, as in the paper; or
-    [that, Muon], which takes the matrices of the layers and gives their updates the size of AdamW's, so that learning
-    rate and weight decay keep their meaning."""
-    scalars = model.activation_scalars()
-    matrices = [w for w in model.layers.parameters() if w.ndim == 2] if config.optimizer == "muon" else []
+    """[AdamW in one fused kernel], with weight decay on everything but what the activations train, as in the paper; or
+    [that, Muon], which takes the weights of the layers' linear modules and gives their updates the size of AdamW's, so
+    that learning rate and weight decay keep their meaning."""
+    scalars = model.activation_parameters()
+    matrices = model.matrices() if config.optimizer == "muon" else []
     apart = {id(weight) for weight in scalars + matrices}
     others = [weight for weight in model.parameters() if id(weight) not in apart]
     groups = [
@@ -277,6 +279,7 @@ def batches(corpus, config, steps, device):
 def evaluate(model, corpus, meta, config, device):
     """{"loss": mean loss in nats per token over the first eval_tokens validation tokens, …}, of which each process
     computes a share; None if a signal to stop arrived in the meantime."""
+    model.eval()
     loss, tokens = 0.0, 0
     shares = validation_batches(corpus, config.eval_tokens, config.micro_batch_size, IGNORE, RANK, WORLD)
     with machine.errors_noted():
@@ -286,6 +289,7 @@ def evaluate(model, corpus, meta, config, device):
             inputs, targets = torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device)
             loss += model(inputs, targets, reduction="sum").item()
             tokens += (targets != IGNORE).sum().item()
+    model.train()
     (loss, tokens), stopping = machine.agree([loss, tokens], device)
     if stopping:
         return None

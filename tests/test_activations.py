@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import xielu
-from activations import ACTIVATIONS, get_activation
+from activations import ACTIVATIONS, Activation, check_activation, get_activation
+from plumbing.command import UserError
 
 X = torch.linspace(-6, 6, 241, dtype=torch.float64)
 Y = torch.linspace(2, -1, 241, dtype=torch.float64)
@@ -142,3 +143,49 @@ def test_gates_keep_their_far_tail(name, x, expected):
 def test_unknown_name():
     with pytest.raises(ValueError, match="unknown activation 'xelu': did you mean 'xielu'.*known are relu, gelu"):
         get_activation("xelu")
+
+
+class Wrong(torch.nn.Module):
+    """Breaks the contract of an activation in one way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.unused = how, torch.nn.Parameter(torch.zeros(1)) if how == "unused" else None
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        if self.how == "breaks":
+            torch._dynamo.graph_break()
+        y = self.gain * x
+        return y if self.how == "float32" else y.to(x.dtype)
+
+    def effective(self):
+        return {"gain": self.gain.sum() if self.how == "tensor" else self.gain.item()}
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (torch.nn.PReLU, "activation wrong in bfloat16: "),
+        (
+            torch.nn.GLU,
+            r"activation wrong in float32: TypeError: it makes \(2, 4\) of \(2, 8\), and must keep the shape",
+        ),
+        (lambda: torch.tanh, "is not a torch.nn.Module: write a class whose forward calls it"),
+        (lambda: Wrong("float32"), r"in bfloat16: .* it returns float32: end its forward with .to\(x.dtype\)"),
+        (lambda: Wrong("tensor"), r"effective\(\) has a Tensor as 'gain': return numbers, by .item\(\)"),
+        (lambda: Wrong("unused"), "unused gets no gradient: use it in forward, or leave it out"),
+        (lambda: Wrong("breaks"), "activation wrong in float32: Unsupported: "),
+    ],
+)
+def test_an_activation_that_breaks_its_contract(monkeypatch, module, message):
+    monkeypatch.setitem(ACTIVATIONS, "wrong", Activation("wrong", module))
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match=message) as raised:
+        check_activation("wrong", 8, compiles=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["relu", "xielu_inverted", "xsilu", "swiglu"])
+def test_an_activation_that_keeps_its_contract(name):
+    check_activation(name, 8, compiles=False)

@@ -85,7 +85,7 @@ def test_logits(exported, activation, qk_norm):
         if name_of_class(activation, qk_norm) == "ArceeForCausalLM" and activation.startswith("xielu"):
             # transformers has rounded the scalars to bf16: so it is our model with scalars rounded to bf16 ...
             rounded = copy.deepcopy(ours)
-            for scalar in rounded.activation_scalars():
+            for scalar in rounded.activation_parameters():
                 scalar.copy_(scalar.bfloat16())
             assert torch.allclose(theirs.float()(tokens).logits, rounded(tokens), atol=1e-5)
             theirs = all_digits(theirs, folder)  # ... and ours once they are read again

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from activations import ACTIVATIONS, Activation
-from model import IGNORE, Llama, ModelConfig, apply_rope
+from activations import ACTIVATIONS, Activation, check_activation
+from model import IGNORE, Llama, ModelConfig, apply_rope, chunk_rows
+from train import Config, make_optimizers, update
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=48, vocab_size=31, seq_len=16)
 
@@ -126,6 +127,21 @@ def test_loss_in_chunks_ignores_padding(monkeypatch, compiled):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "rows, vocab, memory, expected",
+    [
+        (20480, 147456, 80 * 2**30, 20480),  # the 1.1B model on an H100: all at once
+        (20480, 147456, 24 * 2**30, 10240),
+        (20480, 147456, None, 5120),  # three chunks would be small enough, but three do not divide the rows
+        (4096, 50304, None, 4096),
+        (0, 257, None, 1),
+        (7, 2**31, None, 1),
+    ],
+)
+def test_chunks_are_equal(rows, vocab, memory, expected):
+    assert chunk_rows(rows, vocab, memory) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_in_chunks_holds_a_chunk_of_logits(monkeypatch, dtype):
     config = ModelConfig(**TINY | dict(vocab_size=4096, seq_len=64))
@@ -215,9 +231,44 @@ def test_a_graph_break_is_an_error(monkeypatch):
         model(tokens(), tokens())
 
 
+class Mixed(torch.nn.Module):
+    """Per channel a mixture of x and relu(x)², and of both a 2-D matrix."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(width))
+        self.mix = torch.nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x):
+        mixed = torch.stack([x, torch.relu(x) ** 2], dim=-1) @ self.mix.to(x.dtype)
+        return (mixed.sum(-1) * self.gain).to(x.dtype)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_activation_with_a_matrix_and_a_parameter_per_channel(monkeypatch, optimizer):
+    monkeypatch.setitem(ACTIVATIONS, "mixed", Activation("a mixture", Mixed))
+    config = Config(**TINY, activation="mixed", optimizer=optimizer, weight_decay=0.5)
+    check_activation("mixed", config.mlp_dim, compiles=True)
+    model, same, other = Llama(config, seed=1), Llama(config, seed=1), Llama(config, seed=2)
+    mix, gain = model.layers[1].mlp.act_fn.mix, model.layers[1].mlp.act_fn.gain
+    assert mix.std() > 0.1 and gain.shape == (48,)  # as the module drew them, and not as the weights of a layer
+    assert torch.equal(mix, same.layers[1].mlp.act_fn.mix) and not torch.equal(mix, other.layers[1].mlp.act_fn.mix)
+    optimizers = make_optimizers(model, config)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert sum(weight is mix for group in groups for weight in group["params"]) == 1
+    assert all(group["weight_decay"] == 0 for group in groups if any(weight is mix for weight in group["params"]))
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    before, losses = [mix.detach().clone(), gain.detach().clone()], []
+    for _ in range(5):
+        loss, *_ = loss_and_gradients(model, tokens(), tokens(seed=1))
+        losses.append(loss)
+        update(optimizers, 1e-2)
+    assert losses[-1] < losses[0] and not torch.equal(mix, before[0]) and not torch.equal(gain, before[1])
+
+
 def test_activation_scalars_and_effective_alphas():
     model = Llama(ModelConfig(**TINY, activation="xielu"))
-    assert len(model.activation_scalars()) == 4
+    assert len(model.activation_parameters()) == 4
     assert model.effective_alphas() == {"alpha_p": pytest.approx([0.8] * 2), "alpha_n": pytest.approx([0.8] * 2)}
     assert Llama(ModelConfig(**TINY, activation="relu2")).effective_alphas() == {}
-    assert Llama(ModelConfig(**TINY, activation="silu")).activation_scalars() == []
+    assert Llama(ModelConfig(**TINY, activation="silu")).activation_parameters() == []

@@ -151,7 +151,7 @@ def measure_activations(device, dtype, tokens, width, rounds):
     target = torch.empty_like(source)
     jobs, moved, figures = {"copy": lambda: target.copy_(source)}, {}, {}
     for name, (activation, compiled) in CANDIDATES.items():
-        module = get_activation(activation).module().to(device)
+        module = get_activation(activation).build(width).to(device)
         if compiled:
             module.compile(dynamic=False)
         gated = get_activation(activation).gated
@@ -254,8 +254,8 @@ def memory_of(model):
     config, dtype = model.config, model.compute_dtype
     parameters, head = model.num_parameters(), model.lm_head.weight.numel()
     # of those that Muon takes it keeps one moment
-    matrices = sum(w.numel() for w in model.layers.parameters() if w.ndim == 2) if config.optimizer == "muon" else 0
-    rows = min(config.micro_batch_size * config.seq_len, chunk_rows(config.vocab_size))
+    matrices = sum(w.numel() for w in model.matrices()) if config.optimizer == "muon" else 0
+    rows = chunk_rows(config.micro_batch_size * config.seq_len, config.vocab_size, 80e9)  # as on a GPU of 80 GB
     return {
         "weights (float32)": 4 * parameters,
         "gradients (float32)": 4 * parameters,

@@ -322,7 +322,7 @@ def draw_activations(path):
     figure, axes = new_figure(rows, 4, 10, 2 * rows, sharey=True)
     x = torch.linspace(-4, 3, 701, dtype=torch.float64)
     for axis, (name, activation) in zip(axes.flat, drawn.items()):
-        module = activation.module()
+        module = activation.build(len(x))
         conditions = ["y = 1"] if activation.gated else []
         if isinstance(getattr(module, "alpha", None), torch.nn.Parameter):
             torch.nn.init.constant_(module.alpha, 0.25)
