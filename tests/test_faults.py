@@ -354,8 +354,8 @@ def test_the_checkpoint_before_is_offered(config, out, capsys):
 
 
 def test_going_back_loses_nothing(config, tmp_path, out):
-    """The run continues from the older checkpoint as it did before. What it had written is kept apart, and no checkpoint
-    of one line is taken for one of the other."""
+    """The run continues from the older checkpoint as it did before. What it had written is kept apart, and no
+    checkpoint of one line is taken for one of the other."""
     options = ["--keep_checkpoints=3", "--resume"]
     here(config, *options)
     newest, log_before = (out / "ckpt.pt").read_bytes(), log(out)
