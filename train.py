@@ -80,7 +80,7 @@ class Config(ModelConfig):
         if self.tokens_per_parameter:
             with torch.device("meta"):
                 model = Llama(self)
-            parameters = model.num_parameters() - sum(scalar.numel() for scalar in model.activation_scalars())
+            parameters = model.num_parameters() - sum(p.numel() for p in model.activation_parameters())
             steps["max_steps"] = max(1, round(self.tokens_per_parameter * parameters / self.tokens_per_step))
         for name, least in (("warmup_steps", 0), ("decay_steps", 0), ("eval_every", 1)):
             value = getattr(self, name)
