@@ -35,7 +35,7 @@ class ModelConfig(Keys):
 
     activation: str = key("xielu", "a name from activations.py, or derived/NAME.py")
     dim: int = key(384, "width of the residual stream", low=1)
-    n_layers: int = key(6, "number of blocks", low=1)
+    n_layers: int = key(6, "number of blocks", low=1, most=10_000)
     n_heads: int = key(6, "attention heads", low=1)
     n_kv_heads: int = key(6, "key and value heads; fewer than n_heads for grouped queries", low=1)
     ffn_dim: int = key(1536, "width of an ungated MLP; a gated activation gets 2/3 of it", low=1)

@@ -118,11 +118,12 @@ def train(argv):
 
     # The data
     corpus, validation, meta, facts = open_data(config, say)
-    check_activation(config.activation, config.mlp_dim, config.compile)
     run.keep(facts | facts_of(config.activation))
 
-    # The machine
+    # The machine, and whether model and activation can be trained on it
     device = machine.pick_device(config.device)
+    check_memory(config, device)
+    check_activation(config.activation, config.mlp_dim, config.compile)
     machine.be_deterministic(device, config.deterministic)
     machine.join_processes(device, (config.out, config.dtype, run.start, sorted(run.validated)))
     dtype = machine.pick_dtype(config.dtype, device, say)
@@ -199,11 +200,24 @@ def train(argv):
     if RANK == 0 and (run.unwritten or run.saved != end):
         raise UserError(f"{config.out} is trained, but not all of it is written: make room on the disk, then --resume")
     say(f"finished in {format_seconds(run.seconds)} of training: {config.out}")
+    say(
+        f"see its curve and its text:  python -m tools.plot loss {config.out}  and  python -m tools.sample {config.out}"
+    )
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Setting up
+
+
+def check_memory(config, device):
+    """UserError if the device has less memory than float32 weights, gradients and AdamW's two moments take."""
+    with torch.device("meta"):
+        parameters = Llama(config).num_parameters()
+    memory = machine.total_memory(device)
+    if memory and 16 * parameters > memory:
+        sizes = f"{16 * parameters / 1e9:,.0f} GB, and {machine.device_name(device)} has {memory / 1e9:,.0f} GB"
+        raise UserError(f"to train {parameters:,} parameters takes {sizes}: lower dim, n_layers, ffn_dim or vocab_size")
 
 
 def introduce(model, config, device, dtype):
@@ -239,12 +253,13 @@ def make_optimizers(model, config):
 def compile_model(model, config):
     """Compile the model's parts in place, where that is asked for and works."""
     xielu.COMPILE = config.compile
+    if config.compile:
+        say("compiling: the first step takes longer")
     if config.compile and xielu.can_compile(model.cos.device.type):
         # of what a compiled layer would keep for the backward pass, this share is kept, and the rest recomputed
         torch._functorch.config.activation_memory_budget = config.memory_budget
         model.compile_parts()
         torch._dynamo.config.optimize_ddp = False  # its DDPOptimizer would split each compiled layer
-        say("compiling: the first step takes longer")
     elif config.memory_budget < 1:
         raise UserError(f"memory_budget={config.memory_budget} needs a compiled model, and nothing is compiled here")
 

@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
-def key(default, help, low=-math.inf, below=math.inf, most=math.inf, choices=None):
-    """A config key. A number must satisfy low ≤ number < below and number ≤ most; a text must be one of the choices."""
+def key(default, help, low=-math.inf, below=math.inf, most=None, choices=None):
+    """A config key. A number must satisfy low ≤ number < below and number ≤ most; a text must be one of the choices. A
+    whole number is at most 2^31, unless a limit is given: no size or number of steps is larger."""
+    if most is None:
+        most = 2**31 if type(default) is int and below == math.inf else math.inf
     limits = {"low": low, "below": below, "most": most, "choices": choices}
     return field(default=default, metadata={"help": help, **limits})
 
@@ -70,16 +73,26 @@ class Keys:
         """{key: value in its type} of raw ones, from Python or the command line. For an unknown key, a UserError that
         names the nearest known one."""
         kinds = {item.name: item.type for item in fields(cls)}
-        for name in values:
+        for name, value in values.items():
             if name not in kinds:
-                nearest = difflib.get_close_matches(name, kinds, n=1)
+                words = name.replace("_", " ")  # learning_rate is called lr, "peak learning rate"
+                described = [item.name for item in fields(cls) if words in item.metadata["help"]]
+                nearest = difflib.get_close_matches(name, kinds, n=1) or described
                 hint = f"did you mean {nearest[0]!r}?" if nearest else "train.py --help lists all keys"
                 raise UserError(f"unknown key {name!r} {where}: {hint}")
+            if "," in str(value) and name not in ("data", "out"):
+                raise UserError(f"{name} must be one value, not {value!r}: python -m tools.compare takes lists")
         return {name: typed(name, kinds[name], value) for name, value in values.items()}
 
     @classmethod
     def read_file(cls, path):
-        """{key: value} that a config file assigns."""
+        """{key: value} that a config file assigns. It is looked for here, then beside train.py."""
+        if not Path(path).is_file() and (ROOT / path).is_file():
+            path = ROOT / path
+        if Path(path).suffix != ".py":
+            raise UserError(
+                f"{path} is not a config file: give a .py file; to continue a run, the same one and --resume"
+            )
         if not Path(path).is_file():
             nearby = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
             raise UserError(f"there is no config {path}: there are {nearby}")
@@ -96,8 +109,13 @@ class Keys:
     def read_command(cls, argv):
         """({key: value} of defaults and file, {key: value} of the command line) of `CONFIG.py --key=value …`."""
         files = [argument for argument in argv if not argument.startswith("--")]
+        for option, value in zip(argv, argv[1:]):
+            if option.startswith("--") and option[2:] in cls.defaults() and value in files and value[-3:] != ".py":
+                raise UserError(f"write {option}={value}, with = and without a space")
         if len(files) != 1:
-            raise UserError(f"give one config file, as in train.py configs/demo.py, not {' '.join(files) or 'none'}")
+            hint = ". Put a pattern such as * in quotes" if len(files) > 2 else ""
+            given = " ".join(files[:3]) or "none"
+            raise UserError(f"give one config file, as in train.py configs/demo.py, not {given}{hint}")
         pairs = [argument[2:].partition("=") for argument in argv if argument.startswith("--")]
         options = cls.typed({name: value if equals else True for name, equals, value in pairs}, "on the command line")
         if not options.get("out", True):  # --out= means the default

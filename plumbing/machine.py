@@ -29,6 +29,9 @@ LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
+# How long a process waits for the others: the first one writes a checkpoint, or reads the checksums of one, of 36 GB
+PATIENCE = timedelta(minutes=30)
+
 
 def say(text):
     """Print a line, from the first process only."""
@@ -112,6 +115,13 @@ def peak_flops(device, dtype):
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name(device)), None)
 
 
+def total_memory(device):
+    """Bytes of memory of this device; None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
 def peak_memory(device):
     """Most bytes that tensors on this GPU have taken so far; None elsewhere."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -173,13 +183,14 @@ def join_processes(device, run):
     backend, store = "nccl" if device.type == "cuda" else "gloo", None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.PrefixStore(f"attempt{RESTARTS}", dist.TCPStore(address, port, WORLD, is_master=False))
+        store = dist.TCPStore(address, port, WORLD, is_master=False, timeout=PATIENCE)
+        store = dist.PrefixStore(f"attempt{RESTARTS}", store)
     dist.init_process_group(
         backend,
         store=store,
         rank=RANK,
         world_size=WORLD,
-        timeout=timedelta(minutes=30),  # the others wait this long while the first process writes a checkpoint
+        timeout=PATIENCE,
         device_id=device if device.type == "cuda" else None,
     )
     if any(other != run for other in gathered(run)):

@@ -213,7 +213,9 @@ class Run:
             limit = f"max_steps={self.config.max_steps}"
             raise UserError(f"the run in {self.out} is at step {self.start}, beyond {limit}: raise it")
         if RANK == 0 and not resume and any((self.out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
-            raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out")
+            raise UserError(
+                f"{self.out} already holds a run: continue it with --resume added to the command, or choose another --out"
+            )
         if saved:
             self.note_extension(saved["config"])
         elif resume:
@@ -320,5 +322,6 @@ class Run:
 
     def stopped(self, step):
         """Say where a signal stopped the run; returns the exit status."""
-        say(f"stopped at step {step}, " + ("checkpoint saved" if self.saved == step else self.newest))
+        state = "checkpoint saved" if self.saved == step else self.newest
+        say(f"stopped at step {step}, {state}: the same command with --resume continues")
         return 128 + (machine.stop or signal.SIGTERM)

@@ -144,7 +144,9 @@ def test_a_signal_ends_the_step_and_saves(config, tmp_path, out, number):
     status, text = end(process)
     assert status == 128 + number
     last = text.splitlines()[-1]
-    stopped = int(re.fullmatch(r"stopped at step (\d+), checkpoint saved", last)[1])
+    stopped = int(
+        re.fullmatch(r"stopped at step (\d+), checkpoint saved: the same command with --resume continues", last)[1]
+    )
     assert 7 <= stopped < 60 and whole(out)["step"] == stopped
     here(config, *options, "--resume")
     assert log(out) == log(tmp_path / "whole")
@@ -158,7 +160,10 @@ def test_a_signal_during_the_validation(config, tmp_path, out):
     config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=1))
     for step in (3, 6):
         text = run(config, *options, "--resume", status=143)
-        assert text.splitlines()[-1] == f"stopped at step {step}, checkpoint saved"
+        assert (
+            text.splitlines()[-1]
+            == f"stopped at step {step}, checkpoint saved: the same command with --resume continues"
+        )
         assert log(out)[-1]["step"] == step and step not in [r["step"] for r in log(out) if r["kind"] == "val"]
     config.write_text(clean)
     here(config, *options, "--resume")
@@ -188,7 +193,7 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
         process.send_signal(signal.SIGTERM)
         status, text = end(process)
         assert status == (143 if processes == 1 else 1)  # torchrun's own status
-        assert len(re.findall(r"^stopped at step \d+, checkpoint saved$", text, re.M)) == 1, text
+        assert len(re.findall(r"^stopped at step \d+, checkpoint saved: .*--resume continues$", text, re.M)) == 1, text
     here(config, *options, "--resume")
     whole(out)
     assert_same_losses(out, tmp_path / "one", rel=1e-5)
@@ -297,7 +302,7 @@ def test_no_room_for_a_checkpoint(config, out):
     config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=0))
     text = run(config, "--resume", "--max_steps=12", "--eval_every=1000", status=143, preexec_fn=limited)
     assert "warning: no checkpoint at step 12" in text and "checkpoint saved" not in text
-    assert "stopped at step 12, the last checkpoint is that of step 4" in text.splitlines()
+    assert "stopped at step 12, the last checkpoint is that of step 4: the same command with --resume" in text
     config.write_text(clean)
     here(config, "--resume", "--max_steps=12")
     assert whole(out)["step"] == 12

@@ -50,6 +50,17 @@ def test_steps_follow_the_size_of_the_model_and_the_length_of_the_run():
 
 # (line of the config file, option, message)
 MISTAKES = [
+    ("", "--dim=1e12", "dim must be at least 1 and at most 2147483648, not 1000000000000"),
+    ("", "--dim=1e308", "dim must be at least 1 and at most 2147483648"),
+    ("", "--tokens_per_step=1e30", "tokens_per_step must be at least 1 and at most"),
+    ("", "--n_layers=1e6", "n_layers must be at least 1 and at most 10000"),
+    ("", "--ffn_dim=2147483646", "to train 274,877,.* parameters takes 4,398 GB, and cpu .* has [0-9]+ GB: lower dim"),
+    ("", "--learning_rate=3", "did you mean 'lr'"),
+    ("", "--activation=relu2,xielu", "activation must be one value, .*: python -m tools.compare takes lists"),
+    ("", "--lr=1e-3,2e-3", "python -m tools.compare takes lists"),
+    ("", "--max_steps 40", "write --max_steps=40, with = and without a space"),
+    ("", "--activation relu2", "write --activation=relu2"),
+    ("", "a.txt b.txt c.txt", "give one config file.* Put a pattern such as . in quotes"),
     ("", "--dmi=3", "unknown key 'dmi' on the command line: did you mean 'dim'"),
     ("", "--zzzzz=3", "train.py --help lists all keys"),
     ("", "--dim=many", "dim must be a whole number, not 'many'"),
@@ -97,11 +108,12 @@ def test_mistakes_get_one_line_and_leave_nothing(config, tmp_path, monkeypatch, 
     text = config.read_text()
     for line, option, message in MISTAKES:
         config.write_text(f"{text}\n{line}\n")
-        arguments = [option.format(tmp=tmp_path)] if option else []
+        arguments = option.format(tmp=tmp_path).split(" ") if option else []
         assert re.search(message, error(capsys, config, *arguments)[:-1])
     assert "give one config file" in error(capsys)
     assert "no config nowhere.py: there are configs/compare_124m.py" in error(capsys, "nowhere.py")
-    assert "there is no data folder data/fineweb-edu-tekken" in error(capsys, ROOT / "configs/xielu_1b.py")
+    assert "config.json is not a config file: give a .py file; to continue" in error(capsys, "out/x/config.json")
+    assert "there is no data folder data/fineweb-edu-tekken" in error(capsys, "configs/xielu_1b.py")
     assert f"there is no data folder {config}" in error(capsys, config, f"--data={config}")
     assert f"{config} cannot be a folder, since a file is in its place" in error(capsys, config, f"--out={config}")
     assert list(tmp_path.iterdir()) == [config]
