@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 import xielu
 from plumbing.command import UserError
 from plumbing.inverted import xielu_inverted
-from xielu import XIELU, cast, chain_rule, effective_scalar, raw_parameter, upcast, xielu_reference
+from xielu import XIELU, cast, chain_rule, computed_once, effective_scalar, raw_parameter, upcast, xielu_reference
 
 # ---------------------------------------------------------------------------------------------------------------
 # Integrated gradients
@@ -55,6 +55,7 @@ def fused(value_of, partials_of):
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, *alphas):
+            alphas = [computed_once(alpha) for alpha in alphas]
             ctx.save_for_backward(x, *alphas)
             return xielu.in_one_pass(forward_pass, x, *alphas)
 
@@ -344,6 +345,8 @@ def facts_of(name):
     """What must not change about an activation while a run is under way: its formula, and what it computes."""
     activation = get_activation(name)
     x = torch.tensor([-9.0, -3.0, -1.0, -0.3, -0.01, 0.01, 0.3, 1.0, 3.0, 9.0], dtype=torch.float64)
-    results = curve(activation.build(len(x)), x, activation.gated)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for a module that draws its weights; what it draws in training is not seen here
+        results = curve(activation.build(len(x)).eval(), x, activation.gated)
     numbers = [float(f"{number:.9g}") for result in results for number in result.flatten().tolist()]
     return {f"the formula of {short_name(name)}": activation.formula, f"what {short_name(name)} computes": numbers}

@@ -168,11 +168,18 @@ def backward_pass(x, grad, alpha_p, alpha_n, beta):
     return chain_rule(grad, x.dtype, *partials(x, alpha_p, alpha_n, beta))
 
 
+def computed_once(alpha):
+    """alpha, which as_strided wants to find in memory: without it, a compiled model would compute the softplus of the
+    raw scalar again for every element."""
+    return alpha.as_strided((), ())
+
+
 class Fused(torch.autograd.Function):
     """Of xIELU, only x and its scalars are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, alpha_p, alpha_n, beta):
+        alpha_p, alpha_n = computed_once(alpha_p), computed_once(alpha_n)
         ctx.save_for_backward(x, alpha_p, alpha_n)
         ctx.beta = beta
         return in_one_pass(forward_pass, x, alpha_p, alpha_n, beta)

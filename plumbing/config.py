@@ -94,7 +94,7 @@ class Keys:
                 f"{path} is not a config file: give a .py file; to continue a run, the same one and --resume"
             )
         if not Path(path).is_file():
-            nearby = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("*.py")))
+            nearby = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("[!_]*.py")))
             raise UserError(f"there is no config {path}: there are {nearby}")
         try:
             values = runpy.run_path(str(path))

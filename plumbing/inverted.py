@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from xielu import cast, chain_rule, effective_scalar, exp_remainder, in_one_pass, partials, upcast, value
+from xielu import cast, chain_rule, computed_once, effective_scalar, exp_remainder, in_one_pass, partials, upcast, value
 
 HALLEY_STEPS = {torch.float64: 2, torch.float32: 1}  # one takes an error of 5e-3 in w to 2e-8, two to 5e-16
 SERIES_ALONE = {torch.float64: 0.01, torch.float32: 0.5}  # below this √(2d) a step would lose more than it gains
@@ -90,6 +90,7 @@ def backward_pass(y, bits, grad, alpha_p, alpha_n, beta):
 class Inverted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha_p, alpha_n, beta):
+        alpha_p, alpha_n = computed_once(alpha_p), computed_once(alpha_n)
         y, bits = in_one_pass(forward_pass, x, alpha_p, alpha_n, beta)
         ctx.save_for_backward(y, bits, alpha_p, alpha_n)
         ctx.beta = beta

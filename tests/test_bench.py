@@ -1,13 +1,16 @@
 """tools/bench.py: what it counts is right, and every figure is there. No speed is asserted."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import train
 from model import Llama
-from runs import settings_restored
+from runs import ROOT, settings_restored
 from tools import bench
 from train import Config
 
@@ -36,6 +39,15 @@ def test_plan_of_the_paper(tmp_path, capsys):
     assert float(in_all.split()[-1]) == pytest.approx(sum(memory.values()) / 2**30, abs=0.01)
     more = run(tmp_path, "plan", "configs/xielu_1b.py", "--gpus=88", "--mfu=0.4")
     assert more["hours"] == pytest.approx(plan["hours"] / 11)
+
+
+def test_a_config_that_imports_another_where_a_package_is_called_configs(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/__init__.py").touch()
+    code = "from train import Config; print(Config(**Config.read_file('configs/xielu_3b.py')).dim)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == "2048", result.stderr
 
 
 def test_memory_of_an_optimizer():

@@ -443,6 +443,23 @@ def test_data_that_changed_under_a_run(config, tmp_path, out, corpus, capsys, mo
     assert_same(out, finished)
 
 
+def test_a_run_with_dropout(config, out, tmp_path):
+    """It resumes exactly, and nothing is dropped in validation."""
+    path = tmp_path / "dropped.py"
+    path.write_text("""
+import torch
+from activations import Activation, ReLUSquared
+ACTIVATION = Activation("relu2, half of it dropped", lambda: torch.nn.Sequential(ReLUSquared(), torch.nn.Dropout(0.5)))
+""")
+    here(config, "--activation=relu2")
+    whole_loss = log(out)[0]
+    shutil.rmtree(out)
+    finished = stopped(config, out, f"--activation={path}")
+    assert log(finished)[0] == whole_loss
+    here(config, "--resume")
+    assert_same(out, finished)
+
+
 # A file of its own that holds xIELU
 COPY = (ROOT / "xielu.py").read_text("utf-8").replace("COMPILE = True", "COMPILE = False")
 COPY += "\nfrom activations import Activation\nACTIVATION = Activation('the integral', XIELU)\n"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from activations import ACTIVATIONS, Activation, check_activation
+from activations import ACTIVATIONS, Activation, check_activation, facts_of
 from model import IGNORE, Llama, ModelConfig, apply_rope, chunk_rows
 from train import Config, make_optimizers, update
 
@@ -249,6 +249,7 @@ def test_an_activation_with_a_matrix_and_a_parameter_per_channel(monkeypatch, op
     monkeypatch.setitem(ACTIVATIONS, "mixed", Activation("a mixture", Mixed))
     config = Config(**TINY, activation="mixed", optimizer=optimizer, weight_decay=0.5)
     check_activation("mixed", config.mlp_dim, compiles=True)
+    assert facts_of("mixed") == facts_of("mixed")
     model, same, other = Llama(config, seed=1), Llama(config, seed=1), Llama(config, seed=2)
     mix, gain = model.layers[1].mlp.act_fn.mix, model.layers[1].mlp.act_fn.gain
     assert mix.std() > 0.1 and gain.shape == (48,)  # as the module drew them, and not as the weights of a layer

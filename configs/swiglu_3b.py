@@ -1,3 +1,0 @@
-from configs.xielu_3b import *  # noqa: F403
-
-activation = "swiglu"
