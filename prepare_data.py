@@ -1,10 +1,11 @@
 """Text → token shards:  python prepare_data.py SOURCE --out=data/NAME --tokenizer=bytes
 
     SOURCE                 stdlib (the .py files of your own Python, no download), fineweb-edu (streamed from Hugging
-                           Face), or a file, folder or glob of .txt or .dict (one document each), .jsonl or .parquet
-                           (one document per row, in the column "text"); .gz, .zst or .dz may follow
-    --documents=KIND       lines or paragraphs of each .txt or .dict are documents, shuffled by a hash; blank lines end
-                           a paragraph, unless an indented line follows
+                           Face), or a file, folder or glob of .txt (one document each), .jsonl or .parquet (one
+                           document per row, in the column "text"); .gz or .zst may follow .txt and .jsonl
+    --documents=KIND       lines or paragraphs of each .txt are documents, shuffled by a hash; blank lines end a
+                           paragraph, unless an indented line follows. endoftext: <|endoftext|> separates them
+    --text_key=text        the column of .jsonl and .parquet that holds the text
     --out=FOLDER           where to write; default: data/NAME, named after the source
     --tokenizer=NAME       bytes, gpt2, tekken or a name that tiktoken knows; default: bytes for stdlib, else gpt2
     --tokens=N             stop after N tokens, validation included; default: all
@@ -59,7 +60,7 @@ def cut(text):
     yield text[start:]
 
 
-def encode(encoding, batch):
+def encode(encoding, skipped, batch):
     """(position, documents) → (position, their tokens with a delimiter before each document: (tokens,) uint32)."""
     position, documents = batch
     tokens = []
@@ -68,8 +69,19 @@ def encode(encoding, batch):
         for part in cut(text):
             # JSON can hold half of a surrogate pair, which is not a character: it becomes "?"
             part = part.encode("utf-8", "replace").decode("utf-8")
-            tokens.append(encoding.encode_to_numpy(part, disallowed_special=()))
+            tokens += encode_part(encoding, skipped, part)
     return position, np.concatenate(tokens)
+
+
+def encode_part(encoding, skipped, part):
+    """[tokens of a text]. tiktoken fails on a million spaces in a row, for example; such a text is cut in the middle,
+    which may split a token, until it does not."""
+    try:
+        return [encoding.encode_to_numpy(part, disallowed_special=())]
+    except ValueError:
+        skipped.note("texts that the tokenizer could not read in one piece, and read in two", f"{part[:20]!r}…")
+        middle = len(part) // 2
+        return encode_part(encoding, skipped, part[:middle]) + encode_part(encoding, skipped, part[middle:])
 
 
 class Stream:
@@ -151,6 +163,7 @@ def parse(argv):
     parser = Parser("prepare_data.py")
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--documents", choices=list(SEPARATORS))
+    parser.add_argument("--text_key", default="text")
     parser.add_argument("--out")
     parser.add_argument("--tokenizer")
     parser.add_argument("--tokens", type=whole_number)
@@ -198,13 +211,13 @@ def counted(encoded, source, most, bar):
     bar.total = bar.n
 
 
-def fill(args, source, encoding, state):
+def fill(args, source, encoding, state, skipped):
     """Write the shards that are missing, with a progress bar."""
     from tqdm import tqdm
 
     sizes = {"val": args.val_tokens, "train": args.shard_tokens, "all": args.tokens or math.inf}
     with tqdm(total=args.tokens, initial=written(state) - state["used"], unit="tok", unit_scale=True) as bar:
-        encoded = prefetched(partial(encode, encoding), source.read(state["position"]), args.workers)
+        encoded = prefetched(partial(encode, encoding, skipped), source.read(state["position"]), args.workers)
         encoded = counted(encoded, source, sizes["all"], bar)
         if sizes["val"] is None and not state["shards"]:
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
@@ -218,7 +231,7 @@ def fill(args, source, encoding, state):
 def prepare(args):
     """Write the shards and the meta.json that the command line asks for."""
     out, skipped = args.out, Skipped()
-    source = open_source(args.source, args.subset, args.documents, skipped)
+    source = open_source(args.source, args.subset, args.documents, skipped, args.text_key)
     encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
     settings["source"] = source.name
@@ -234,7 +247,7 @@ def prepare(args):
         write_json(out / "meta.json.part", state)
         discard(out, keep=state["shards"])
         try:
-            fill(args, source, encoding, state)
+            fill(args, source, encoding, state, skipped)
         except MemoryError:
             raise UserError(f"a text in {args.source} does not fit in memory: split it into several") from None
         skipped.report()
@@ -251,6 +264,8 @@ def prepare(args):
         (out / "meta.json.part").unlink()
         for split, counts in splits.items():
             print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
+        if not splits["train"]["documents"]:
+            print("note: one document fills both splits; --documents=paragraphs cuts a .txt at its blank lines")
         print(f"written to {out}")
 
 

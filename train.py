@@ -29,6 +29,7 @@ from plumbing.data import bits_per_byte, open_data, prefetched, validation_batch
 from plumbing.machine import RANK, WORLD, say
 from plumbing.run import Run
 
+READERS = 4  # threads that read batches ahead, since a shared disk takes milliseconds per read
 BAD_STEPS = 10  # so many steps in a row whose loss or gradient is not finite end the run
 
 
@@ -284,7 +285,7 @@ def batches(corpus, config, steps, device):
     rows = config.tokens_per_step // config.seq_len
     read = partial(corpus.batch, config.seed, size=rows, rank=RANK, world=WORLD)
     with machine.errors_noted():
-        for batch in map(torch.from_numpy, prefetched(read, steps)):
+        for batch in map(torch.from_numpy, prefetched(read, steps, READERS)):
             yield (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
         return
     yield torch.zeros(rows // WORLD, config.seq_len + 1, dtype=torch.int64, device=device)
@@ -309,8 +310,8 @@ def evaluate(model, corpus, meta, config, device):
     if stopping:
         return None
     loss /= tokens
-    values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte(loss, meta)}
-    return values | model.effective_alphas()
+    bits = bits_per_byte(loss, meta, len(corpus.shards))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits} | model.effective_alphas()
 
 
 def compute_gradient(model, batch, config):

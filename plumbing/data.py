@@ -9,9 +9,11 @@ computed from (seed, epoch) one number at a time. So a resumed run asks for step
 have got without the interruption.
 """
 
+import functools
 import hashlib
 import json
 import math
+import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -45,8 +47,18 @@ class Shard:
 
     def read(self, start, count):
         """Tokens start … start + count − 1: (count,) int64."""
-        offset = HEADER_BYTES + start * self.dtype.itemsize
-        return np.fromfile(self.path, self.dtype, count, offset=offset).astype(np.int64)
+        size = self.dtype.itemsize
+        file = opened(self.path)
+        # One call reads from a place, so that threads can share a file. (A memory map would end the process if the file
+        # were cut off.)
+        data = os.pread(file.fileno(), count * size, HEADER_BYTES + start * size)
+        return np.frombuffer(data, self.dtype, len(data) // size).astype(np.int64)
+
+
+@functools.lru_cache(256)  # below the 1024 files that a process may usually open
+def opened(path):
+    """A file, open for reading, the same for each call."""
+    return open(path, "rb", buffering=0)
 
 
 def token_dtype(vocab_size):
@@ -129,12 +141,13 @@ def read_meta(folder):
     return meta
 
 
-def bits_per_byte(loss, meta):
-    """Validation loss in nats per token → bits per byte of the text that the tokens stand for. None if that is not
-    known: without meta, or if the text is empty."""
+def bits_per_byte(loss, meta, shards):
+    """Validation loss in nats per token → bits per byte of the text of this number of shards. None if that is not
+    known: without meta, or if the text is empty. Exact if all of the split is validated and each shard begins with a
+    delimiter, which stands for no bytes, since the first token of a shard is not predicted."""
     if meta is None or not meta["splits"]["val"]["bytes"]:
         return None
-    return loss / math.log(2) * meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["bytes"]
+    return loss / math.log(2) * (meta["splits"]["val"]["tokens"] - shards) / meta["splits"]["val"]["bytes"]
 
 
 # ---------------------------------------------------------------------------------------------------------------

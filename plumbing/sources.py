@@ -2,6 +2,7 @@
 PIECE characters together, and where it begins. The position is a value that JSON can hold; given back to the source,
 it yields the same batches from there."""
 
+import codecs
 import glob
 import hashlib
 import io
@@ -45,7 +46,8 @@ class Skipped(dict):
 
     def note(self, reason, where):
         count, places = self.get(reason, (0, []))
-        self[reason] = count + 1, places + [str(where)] * (len(places) < 10)
+        new = str(where) not in places and len(places) < 10
+        self[reason] = count + 1, places + [str(where)] * new
 
     def report(self):
         for reason, (count, places) in self.items():
@@ -53,40 +55,41 @@ class Skipped(dict):
             print(f"{reason}: {count} ({', '.join(places)}{more})", file=sys.stderr)
 
 
-def read_txt(file, path, skipped):
-    """The file as one document."""
+def read_txt(file, path, skipped, key):
+    """The file as one document. It is UTF-8, or UTF-16 if it begins with the mark of that."""
     content = file.read()
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     try:
-        yield content.decode("utf-8-sig")
+        yield content.decode(encoding)
     except UnicodeDecodeError:
         skipped.note("U+FFFD replaces bytes that are not UTF-8 in texts", path)
-        yield content.decode("utf-8-sig", "replace")
+        yield content.decode(encoding, "replace")
 
 
-def read_jsonl(file, path, skipped):
-    """One document per line: {"text": …}."""
+def read_jsonl(file, path, skipped, key):
+    """One document per line: {key: text, …}."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            text = json.loads(line)[key]
         except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if isinstance(text, str):
             yield text
         else:
-            skipped.note('skipped lines that are not a JSON object with a "text"', f"{path}:{number}")
+            skipped.note(f'skipped lines that are not a JSON object with a "{key}"', f"{path}:{number}")
 
 
-def read_parquet(file, path, skipped):
-    """One document per row of the column "text"."""
+def read_parquet(file, path, skipped, key):
+    """One document per row of the column `key`."""
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # otherwise all is read before the first text
-    if "text" not in table.schema_arrow.names:
-        skipped.note('skipped parquet files without a column "text"', path)
+    if key not in table.schema_arrow.names:
+        skipped.note(f'skipped parquet files without a column "{key}"', path)
         return
-    for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+    for batch in table.iter_batches(batch_size=1024, columns=[key]):
         for text in batch.column(0).to_pylist():
             if isinstance(text, str):
                 yield text
@@ -94,12 +97,13 @@ def read_parquet(file, path, skipped):
                 skipped.note("skipped parquet rows without a text", path)
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".dict": read_txt}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".dz": "gzip"}
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of .txt and .jsonl; .parquet has its own, and is not read in order
+DELIMITER = "<|endoftext|>"
 # What separates the documents in a text, by the value of --documents. A paragraph ends at blank lines, unless an
 # indented line follows: otherwise an entry of a dictionary would be cut into its parts. A match can begin only where
 # white space begins: otherwise the time would grow with the square of the number of blank lines in a row.
-SEPARATORS = {"lines": r"\n", "paragraphs": r"(?<!\s)(?:[^\S\n]*\n){2,}(?=\S)"}
+SEPARATORS = {"lines": r"\n", "paragraphs": r"(?<!\s)(?:[^\S\n]*\n){2,}(?=\S)", "endoftext": re.escape(DELIMITER)}
 
 
 def parts(text, separator):
@@ -110,12 +114,14 @@ def parts(text, separator):
 
 
 def kind(path):
-    """The suffix that READERS knows, whatever compression follows; None for any other file."""
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSIONS]
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+    """The suffix that READERS knows, in small letters, whatever compression follows; None for any other file."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
+    suffix = suffixes[-1 - compressed] if len(suffixes) > compressed else None
+    return suffix if suffix in READERS and not (compressed and suffix == ".parquet") else None
 
 
-def read_files(files, separator, skipped):
+def read_files(files, separator, skipped, key):
     """Yield (document, bytes of the files that were read for it) of files, given as (path, size in bytes); with a
     separator, the parts of each text. If a file cannot be read to its end, the rest of it is skipped."""
     import pyarrow
@@ -125,33 +131,60 @@ def read_files(files, separator, skipped):
         try:
             with open(path, "rb") as stored:
                 file = stored
-                if compression := COMPRESSIONS.get(Path(path).suffix):
+                if compression := COMPRESSIONS.get(Path(path).suffix.lower()):
                     file = io.BufferedReader(pyarrow.CompressedInputStream(stored, compression))
-                for text in READERS[kind(path)](file, path, skipped):
+                for text in READERS[kind(path)](file, path, skipped, key):
+                    if DELIMITER in text and separator != SEPARATORS["endoftext"]:
+                        skipped.note(
+                            f"texts with {DELIMITER} as ordinary text (--documents=endoftext cuts there)", path
+                        )
                     documents = parts(text, separator) if separator else [text]
                     here = start + stored.tell()
                     for document in documents:
                         yield document, (here - before) / len(documents)
                     before = here
         except (OSError, EOFError, ValueError) as error:
-            skipped.note(f"skipped unreadable files ({type(error).__name__})", path)
+            skipped.note(f"files read only up to an error ({type(error).__name__})", path)
         start += size
 
 
 def find_files(source, skipped):
-    """The text files that a file, a folder or a glob names, sorted. UserError if there are none."""
+    """The text files that a file, a folder or a glob names. Their order is that of a hash of their names, so that the
+    first million tokens are a fair validation split. UserError if there are none."""
     if source and Path(source).is_dir():
-        walk = os.walk(source, onerror=lambda error: skipped.note("skipped unreadable folders", error.filename))
-        found = [os.path.join(folder, name) for folder, _, names in walk for name in names]
+        found, folder = list(walk(source, skipped)), source
     else:
-        found = [source] if Path(source).is_file() else glob.glob(source, recursive=True)
-    files = sorted(path for path in found if kind(path) and os.path.isfile(path))
+        found, folder = [source] if Path(source).is_file() else glob.glob(source, recursive=True), None
+    found = [path for path in found if os.path.isfile(path)]
+    for path in found:
+        if not kind(path):
+            skipped.note(f"files not read, which do not end in {', '.join(READERS)}", path)
+    files = [path for path in found if kind(path)]
     if not files:
+        there = "no file that ends in" if found else "no text: give stdlib, fineweb-edu, or"
         raise UserError(
-            f"there is no text at {source!r}: give stdlib, fineweb-edu, or a file, folder or glob of "
-            f"{', '.join(READERS)} ({' or '.join(COMPRESSIONS)} may follow)"
+            f"at {source!r} there is {there} {', '.join(READERS)} ({' or '.join(COMPRESSIONS)} may follow the first two)"
         )
-    return files
+
+    def order(path):
+        name = os.path.relpath(path, folder) if folder else os.path.basename(path)
+        return hashlib.sha256(os.fsencode(name)).digest(), path
+
+    return sorted(files, key=order)
+
+
+def walk(folder, skipped):
+    """Yield the files below a folder, also behind links, but for hidden ones; each folder once, so that links in a
+    circle end."""
+    seen = set()
+    for parent, folders, names in os.walk(
+        folder, followlinks=True, onerror=lambda error: skipped.note("skipped unreadable folders", error.filename)
+    ):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        if real not in seen:
+            yield from (os.path.join(parent, name) for name in sorted(names) if name[0] != ".")
+        seen.add(real)
 
 
 def read_stdlib(files):
@@ -201,7 +234,8 @@ def read_fineweb_edu(subset, position):
         except Exception as error:
             if is_final(error) or failures == len(PATIENCE):
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise UserError(f"FineWeb-Edu ({subset}) could not be read from Hugging Face: {reason}") from None
+                alternative = "start again to continue, or give your own texts or stdlib instead"
+                raise UserError(f"FineWeb-Edu ({subset}) could not be read ({reason}): {alternative}") from None
             print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
             time.sleep(PATIENCE[failures])
             failures += 1
@@ -234,10 +268,11 @@ class Source:
     share: Callable | None = None
 
 
-def open_source(name, subset, documents, skipped):
+def open_source(name, subset, documents, skipped, key="text"):
     """The Source that a command line names. Its texts are cut into `documents`, a key of SEPARATORS, or left whole for
-    None. What cannot be used is noted in `skipped`. UserError if there is no such source, or nothing in it to cut."""
-    refusal = UserError(f"--documents cuts only .txt and .dict files, and {name} has others: leave it out")
+    None; in .jsonl and .parquet they are the values of `key`. What cannot be used is noted in `skipped`. UserError if
+    there is no such source, or nothing in it to cut."""
+    refusal = UserError(f"--documents cuts only .txt files, and {name} has others: leave it out")
     if name == "fineweb-edu":
         if documents:
             raise refusal
@@ -247,8 +282,8 @@ def open_source(name, subset, documents, skipped):
         name = f"stdlib of Python {platform.python_version()}"
     else:
         files = find_files(name, skipped)
-        read_texts = partial(read_files, separator=SEPARATORS.get(documents), skipped=skipped)
-        name += f" cut into {documents}" if documents else ""
+        read_texts = partial(read_files, separator=SEPARATORS.get(documents), skipped=skipped, key=key)
+        name += (f" cut into {documents}" if documents else "") + (f" of {key}" if key != "text" else "")
     if documents and any(READERS.get(kind(path)) is not read_txt for path in files):
         raise refusal
 

@@ -71,6 +71,12 @@ def prepared(source, out, *options):
     return tokens(out)
 
 
+def documents_of(splits):
+    """The documents in (validation tokens, training tokens) of bytes, whose delimiter is 256."""
+    text = "".join("\0END\0" if token == 256 else chr(token) for token in sum(splits, []))
+    return [document.encode("latin-1").decode() for document in text.split("\0END\0")[1:]]
+
+
 def contents(folder, pattern="*"):
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
@@ -97,12 +103,6 @@ def stream_of(documents):
 def write_lines(path, documents=DOCUMENTS):
     path.write_text("".join(text.replace("\r\n", " ") + "\n" for text in documents))
     return path
-
-
-def dictzip(content):
-    """As the program dictzip writes it: gzip, with a table of its chunks in an extra field."""
-    plain, table = gzip.compress(content), struct.pack("<2s5H", b"RA", 8, 1, 58315, 1, len(content))
-    return plain[:3] + b"\x04" + plain[4:10] + struct.pack("<H", len(table)) + table + plain[10:]
 
 
 @pytest.fixture
@@ -142,16 +142,68 @@ def test_every_kind_of_file(tmp_path, capsys):
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "third"}\n'))
     (folder / "d.jsonl.zst").write_bytes(pa.compress(b'{"text": "fourth"}\n', "zstd", asbytes=True))
     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["fifth", None, "sixth"]}), folder / "e.parquet")
-    (folder / "f.dict.dz").write_bytes(dictzip(b"seventh"))
+    (folder / "f.TXT.GZ").write_bytes(gzip.compress(b"seventh"))
     (folder / "notes.md").write_text("left out")
-    expected = ["first\r\ntext ü", "third", "fourth", "second text" * 100, "fifth", "sixth", "seventh"]
-    assert sum(prepared(folder, out, "--val_tokens=20"), []) == stream_of(expected)
-    assert f"skipped parquet rows without a text: 1 ({folder}/e.parquet)\n" in capsys.readouterr().err
-    only_txt = prepared(f"{folder}/**/*.txt*", tmp_path / "out2", "--val_tokens=20")
-    assert sum(only_txt, []) == stream_of([expected[0], expected[3]])
+    (folder / ".hidden.txt").write_text("left out")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "a.txt").write_text("left out")
+    (folder / "g.txt").write_text("eighth ü", "utf-16")
+    (folder / "circle").symlink_to(".")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "h.txt").write_text("ninth")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    expected = [
+        "first\r\ntext ü",
+        "second text" * 100,
+        "third",
+        "fourth",
+        "fifth",
+        "sixth",
+        "seventh",
+        "eighth ü",
+        "ninth",
+    ]
+    assert sorted(documents_of(prepared(folder, out, "--val_tokens=20"))) == sorted(expected)
+    stderr = capsys.readouterr().err
+    assert f"skipped parquet rows without a text: 1 ({folder}/e.parquet)\n" in stderr
+    assert f"files not read, which do not end in .txt, .jsonl, .parquet: 1 ({folder}/notes.md)\n" in stderr
+    only_txt = prepared(f"{folder}/[ad]*/**/*.txt*", tmp_path / "out2", "--val_tokens=20")
+    assert documents_of(only_txt) == ["second text" * 100]
+    # the same order wherever the folder is
+    moved = shutil.copytree(folder, tmp_path / "moved", symlinks=True)
+    assert prepared(moved, tmp_path / "out3", "--val_tokens=20") == tokens(out)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.dict.dz", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_the_key_of_the_text_and_the_delimiter_in_a_text(tmp_path, capsys):
+    write_lines(tmp_path / "a.jsonl", [json.dumps({"content": f"document {k}"}) for k in range(3)])
+    prepared(tmp_path / "a.jsonl", tmp_path / "out", "--text_key=content", "--val_tokens=5")
+    assert sorted(documents_of(tokens(tmp_path / "out"))) == [f"document {k}" for k in range(3)]
+    (tmp_path / "a.txt").write_text("one\n<|endoftext|>\ntwo<|endoftext|>three")
+    prepared(tmp_path / "a.txt", tmp_path / "cut", "--documents=endoftext", "--val_tokens=5")
+    assert sorted(documents_of(tokens(tmp_path / "cut"))) == ["one", "three", "two"]
+    assert "ordinary text" not in capsys.readouterr().err
+    prepared(tmp_path / "a.txt", tmp_path / "whole", "--val_tokens=5")
+    printed = capsys.readouterr()
+    assert "texts with <|endoftext|> as ordinary text (--documents=endoftext cuts there): 1" in printed.err
+    assert "note: one document fills both splits; --documents=paragraphs" in printed.out
+
+
+# What a tokenizer may choke on, a million characters of each
+REPEATED = [" ", "\n", "\t", "\u00a0", "a", "é", "1", "!", "'s", "漢", "🙂", "\r\n "]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "cl100k_base"])
+def test_a_million_characters_of_a_kind(name):
+    """They come back, whatever the tokenizer can read in one piece; what is cut is counted."""
+    encoding, skipped = tokenizer_or_skip(name), sources.Skipped()
+    for repeated in REPEATED:
+        text = repeated * (10**6 // len(repeated)) + "end"
+        _, joined = prepare_data.encode(encoding, skipped, (0, [text]))
+        assert encoding.decode(joined[1:].tolist()) == text, repr(repeated)
+    assert name == "bytes" or sum(count for count, _ in skipped.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_progress_knows_how_many_tokens_there_will_be(tmp_path, monkeypatch, name):
     """After the first half within 5 %, and at the end exactly; with --tokens, no more than that."""
     monkeypatch.setattr(sources, "PIECE", 50_000)
@@ -164,11 +216,11 @@ def test_progress_knows_how_many_tokens_there_will_be(tmp_path, monkeypatch, nam
         path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
     else:
         text = "\n".join(documents).encode()
-        path.write_bytes(gzip.compress(text) if name.endswith(".dz") else text)
-    cut, in_all = "lines" if name in ("a.txt", "a.dict.dz") else None, 121 * len(documents)
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    cut, in_all = "lines" if name in ("a.txt", "a.txt.gz") else None, 121 * len(documents)
     for most in (math.inf, 700_000):
         source, bar = sources.open_source(str(path), "", cut, sources.Skipped()), tqdm(file=io.StringIO())
-        encoded = map(partial(prepare_data.encode, get_tokenizer("bytes")), source.read(None))
+        encoded = map(partial(prepare_data.encode, get_tokenizer("bytes"), sources.Skipped()), source.read(None))
         shown = [(bar.n, bar.total) for _ in prepare_data.counted(encoded, source, most, bar)]
         expected = min(in_all, most)
         later = [total for count, total in shown if count > expected / 2]
@@ -187,7 +239,7 @@ def test_progress_over_several_files(tmp_path, jsonl):
     (tmp_path / "d.jsonl").unlink()
     ((position, documents),) = source.read(None)
     assert len(documents) == 2 * len(DOCUMENTS) and source.share(position) == pytest.approx(1 - 16 / source.size)
-    assert skipped["skipped unreadable files (FileNotFoundError)"] == (1, [f"{tmp_path}/d.jsonl"])
+    assert skipped["files read only up to an error (FileNotFoundError)"] == (1, [f"{tmp_path}/d.jsonl"])
 
 
 def test_progress_of_a_preparation_that_continues(jsonl, tmp_path, monkeypatch, capsys):
@@ -215,16 +267,17 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
     (folder / "f.txt").write_text("the end")
     (folder / "h.txt").symlink_to("/proc/self/mem")  # opens, and cannot be read
     write_jsonl(folder / "i.jsonl", [0] * 12)
-    texts = sum(prepared(folder, tmp_path / "out", "--val_tokens=5"), [])
-    assert texts == stream_of(["good", "?!", "bad \ufffd utf-8 \0 and NUL", "the end"])
+    texts = documents_of(prepared(folder, tmp_path / "out", "--val_tokens=5"))
+    assert sorted(texts) == sorted(["good", "?!", "bad \ufffd utf-8 \0 and NUL", "the end"])
     stderr = capsys.readouterr().err
     lines = [f"{folder}/a.jsonl:{number}" for number in (3, 4, 5, 7)]
     lines += [f"{folder}/i.jsonl:{number}" for number in range(1, 7)]
     assert f'skipped lines that are not a JSON object with a "text": 16 ({", ".join(lines)}, …)\n' in stderr
     assert f'skipped parquet files without a column "text": 1 ({folder}/e.parquet)\n' in stderr
-    assert f"skipped parquet rows without a text: 2 ({folder}/g.parquet, {folder}/g.parquet)\n" in stderr
-    assert f"skipped unreadable files (ArrowInvalid): 1 ({folder}/c.parquet)\n" in stderr
-    assert f"skipped unreadable files (OSError): 2 ({folder}/d.txt.gz, {folder}/h.txt)\n" in stderr
+    assert f"skipped parquet rows without a text: 2 ({folder}/g.parquet, …)\n" in stderr
+    assert f"files read only up to an error (ArrowInvalid): 1 ({folder}/c.parquet)\n" in stderr
+    assert "files read only up to an error (OSError): 2 (" in stderr
+    assert f"{folder}/d.txt.gz" in stderr and f"{folder}/h.txt" in stderr
     assert f"U+FFFD replaces bytes that are not UTF-8 in texts: 1 ({folder}/b.txt)\n" in stderr
 
 
@@ -242,11 +295,11 @@ TEXT = "\ufeff\n\none \r\n two\u2028\n \n\t\r\n three\r\n  \r\n\n\nfour\n\n\n\nf
 def test_a_text_is_cut_into_documents(tmp_path, monkeypatch, documents, expected, workers):
     """In this order on every machine. An indented paragraph belongs to the one before it."""
     monkeypatch.setattr(sources, "PIECE", 5)
-    (tmp_path / "a.dict.dz").write_bytes(dictzip(TEXT.encode()))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     options = [f"--documents={documents}", f"--workers={workers}", "--val_tokens=10"]
     for out in (tmp_path / "first", tmp_path / "second"):
-        assert sum(prepared(tmp_path / "a.dict.dz", out, *options), []) == stream_of(expected)
-        assert read_meta(out)["source"] == f"{tmp_path}/a.dict.dz cut into {documents}"
+        assert sum(prepared(tmp_path / "a.txt.gz", out, *options), []) == stream_of(expected)
+        assert read_meta(out)["source"] == f"{tmp_path}/a.txt.gz cut into {documents}"
 
 
 def test_documents_are_shuffled_within_their_file(tmp_path):
@@ -303,7 +356,7 @@ def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tokenizer, monkeypat
     text = "".join(random.choice(ODD_TEXTS) for _ in range(20_000)) + Path(__file__).read_text()
     pieces = list(prepare_data.cut(text))
     assert len(pieces) > 100 and "".join(pieces) == text
-    position, joined = prepare_data.encode(encoding, (7, [text, "next"]))
+    position, joined = prepare_data.encode(encoding, sources.Skipped(), (7, [text, "next"]))
     whole = [[encoding.eot_token, *encoding.encode(part, disallowed_special=())] for part in (text, "next")]
     assert position == 7 and joined.tolist() == sum(whole, [])
     pieces = list(prepare_data.cut("x" * 20_000))  # with no place to cut
@@ -538,12 +591,12 @@ def test_mistakes(jsonl, tmp_path, capsys):
     (tmp_path / "a.md").write_text("x")
     (tmp_path / "mixed.txt").write_text("x")
     for message, *line in [
-        ("there is no text at", tmp_path / "none"),
-        ("there is no text at", ""),
-        ("there is no text at", tmp_path / "empty"),
-        ("a file, folder or glob of .txt, .jsonl, .parquet, .dict (.gz or .zst or .dz", tmp_path / "a.md"),
+        ("none' there is no text: give stdlib, fineweb-edu, or .txt, .jsonl, .parquet (.gz or .zst", tmp_path / "none"),
+        ("at '' there is no text", ""),
+        ("empty' there is no text", tmp_path / "empty"),
+        ("a.md' there is no file that ends in .txt, .jsonl, .parquet", tmp_path / "a.md"),
         ("--documents: invalid choice: 'words'", tmp_path / "mixed.txt", "--documents=words"),
-        (f"only .txt and .dict files, and {jsonl} has others", jsonl, "--documents=lines"),
+        (f"only .txt files, and {jsonl} has others", jsonl, "--documents=lines"),
         (f"and {tmp_path} has others: leave it out", tmp_path, "--documents=paragraphs"),
         ("and stdlib has others", "stdlib", "--documents=lines"),
         ("and fineweb-edu has others", "fineweb-edu", "--documents=lines"),

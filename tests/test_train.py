@@ -112,7 +112,9 @@ def test_mistakes_get_one_line_and_leave_nothing(config, tmp_path, monkeypatch, 
         assert re.search(message, error(capsys, config, *arguments)[:-1])
     assert "give one config file" in error(capsys)
     assert "no config nowhere.py: there are configs/compare_124m.py" in error(capsys, "nowhere.py")
-    assert "config.json is not a config file, a Python file that ends in .py; to continue" in error(capsys, "out/x/config.json")
+    assert "config.json is not a config file, a Python file that ends in .py; to continue" in error(
+        capsys, "out/x/config.json"
+    )
     assert "there is no data folder data/fineweb-edu-tekken" in error(capsys, "configs/xielu_1b.py")
     assert f"there is no data folder {config}" in error(capsys, config, f"--data={config}")
     assert f"{config} cannot be a folder, since a file is in its place" in error(capsys, config, f"--out={config}")

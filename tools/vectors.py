@@ -7,6 +7,7 @@ mpmath (pip install mpmath) computes with 50 digits; each result is written as t
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
@@ -60,4 +61,6 @@ def text():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(__doc__.strip())
     PATH.write_text(text(), "utf-8")
