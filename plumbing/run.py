@@ -213,9 +213,7 @@ class Run:
             limit = f"max_steps={self.config.max_steps}"
             raise UserError(f"the run in {self.out} is at step {self.start}, beyond {limit}: raise it")
         if RANK == 0 and not resume and any((self.out / name).exists() for name in ("ckpt.pt", "log.jsonl")):
-            raise UserError(
-                f"{self.out} already holds a run: continue it with --resume added to the command, or choose another --out"
-            )
+            raise UserError(f"{self.out} already holds a run: add --resume to continue it, or choose another --out")
         if saved:
             self.note_extension(saved["config"])
         elif resume:
