@@ -163,7 +163,8 @@ def find_files(source, skipped):
     if not files:
         there = "no file that ends in" if found else "no text: give stdlib, fineweb-edu, or"
         raise UserError(
-            f"at {source!r} there is {there} {', '.join(READERS)} ({' or '.join(COMPRESSIONS)} may follow the first two)"
+            f"at {source!r} there is {there} {', '.join(READERS)} "
+            f"({' or '.join(COMPRESSIONS)} may follow the first two)"
         )
 
     def order(path):

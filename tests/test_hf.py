@@ -99,10 +99,10 @@ def test_xielu_near_zero(exported, qk_norm):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     act_fn = (theirs if qk_norm else all_digits(theirs, folder)).model.layers[1].mlp.act_fn
     ours = load(out).layers[1].mlp.act_fn
-    assert act_fn.beta == 0.5 and act_fn.eps == 0 and act_fn.alpha_p.dtype == torch.float32
+    assert act_fn.beta == 0.5 and act_fn.eps == torch.tensor(1e-6) and act_fn.alpha_p.dtype == torch.float32
     assert torch.equal(act_fn.alpha_p, ours.raw_alpha_p) and torch.equal(act_fn.alpha_n, ours.raw_alpha_n)
-    # ±0 apart: at 0 itself both sides of its torch.min have a share in autograd's gradient
-    x = torch.tensor([-1e-3, -1e-5, -1e-7, -1e-9, 1e-9, 1e-5], requires_grad=True)
+    # with eps = 0, the gradient at 0 would be β − αn/2, since both sides of its torch.min would have a share in it
+    x = torch.tensor([-1e-3, -1e-5, -1e-6, -1e-7, -1e-9, 0.0, 1e-9, 1e-5], requires_grad=True)
     assert act_fn(torch.zeros(1)) == 0
     (gradient,) = torch.autograd.grad(act_fn(x).sum(), x)
     (expected,) = torch.autograd.grad(ours(x).sum(), x)

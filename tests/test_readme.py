@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import prepare_data
-import train
 from test_compare import in_this_process
 from tools import bench, compare, derive
 from train import Config

@@ -136,7 +136,8 @@ APERTUS_NAMES = {".input_layernorm": ".attention_layernorm", ".post_attention_la
 
 def to_hf(state, config):
     """Our state dict with transformers' names. Its xIELU reads two more tensors: without them it would compute with
-    β = 0. With eps = 0 its value and gradient at 0 are ours."""
+    β = 0. With eps = 1e-6 its value and gradient for x ≤ 0 are
+    ours, 0 included: min(x, eps) is x there, where min(x, 0) would halve the gradient at 0."""
     model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
     tensors = {}
     for name, tensor in state.items():
@@ -150,7 +151,7 @@ def to_hf(state, config):
     if hidden_act == "xielu":
         for layer in range(config.n_layers):
             tensors[f"model.layers.{layer}.mlp.act_fn.beta"] = torch.tensor(0.5)
-            tensors[f"model.layers.{layer}.mlp.act_fn.eps"] = torch.tensor(0.0)
+            tensors[f"model.layers.{layer}.mlp.act_fn.eps"] = torch.tensor(1e-6)
     return tensors
 
 
