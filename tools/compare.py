@@ -101,7 +101,9 @@ def read_grid(argv, out, world, key=None):
         values = [value for each in values.split(",") for value in (seeds_of(each) if name == "--seed" else [each])]
         lists[name] = [f"{name}={value}" for value in values] if equals else [name]
     rowless = ("--activation", "--seed", f"--{key}")
-    varied = [name[2:] for name, values in lists.items() if len(values) > 1 and name not in rowless]
+    # The length names a run even if there is one, so that a comparison can grow by another length
+    rows = [name for name, values in lists.items() if len(values) > 1 or name == "--tokens_per_parameter"]
+    varied = [name[2:] for name in rows if name not in rowless]
     runs = {}
     for arguments in itertools.product(*lists.values()):
         from_file, options = Config.read_command(arguments)
