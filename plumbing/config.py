@@ -90,9 +90,8 @@ class Keys:
         if not Path(path).is_file() and (ROOT / path).is_file():
             path = ROOT / path
         if Path(path).suffix != ".py":
-            raise UserError(
-                f"{path} is not a config file: give a .py file; to continue a run, the same one and --resume"
-            )
+            hint = "to continue a run, give its config and --resume"
+            raise UserError(f"{path} is not a config file, a Python file that ends in .py; {hint}")
         if not Path(path).is_file():
             nearby = ", ".join(sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").glob("[!_]*.py")))
             raise UserError(f"there is no config {path}: there are {nearby}")
