@@ -153,7 +153,7 @@ def train(argv):
 
         # 2. the gradient of this step's batch
         began = time.perf_counter()
-        torch.manual_seed(hash((config.seed, step, RANK)))  # of a dropout, say: a resumed run draws the same
+        machine.seed_randomness(device, (config.seed, step, RANK))  # of a dropout, say: a resumed run draws the same
         loss, grad_norm = compute_gradient(trained, next(batch_of_step), config)
         [loss], stopping = machine.agree([loss / WORLD], device)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)

@@ -156,6 +156,13 @@ def be_deterministic(device, wanted=False):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+def seed_randomness(device, numbers):
+    """Set PyTorch's random streams by a tuple of whole numbers. (torch.manual_seed would load the compiler.)"""
+    torch.default_generator.manual_seed(hash(numbers))
+    if device.type == "cuda":
+        torch.cuda.manual_seed(hash(numbers))
+
+
 def git_commit():
     """The commit of this code, followed by "-dirty" if files differ from it; None outside a git checkout."""
     describe = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
