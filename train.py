@@ -124,6 +124,7 @@ def train(argv):
     # The machine, and whether model and activation can be trained on it
     device = machine.pick_device(config.device)
     check_memory(config, device)
+    xielu.COMPILE = config.compile
     check_activation(config.activation, config.mlp_dim, config.compile)
     machine.be_deterministic(device, config.deterministic)
     machine.join_processes(device, (config.out, config.dtype, run.start, sorted(run.validated)))
@@ -253,7 +254,6 @@ def make_optimizers(model, config):
 
 def compile_model(model, config):
     """Compile the model's parts in place, where that is asked for and works."""
-    xielu.COMPILE = config.compile
     if config.compile:
         say("compiling: the first step takes longer")
     if config.compile and xielu.can_compile(model.cos.device.type):

@@ -347,7 +347,7 @@ def test_resume_of_a_finished_run_and_of_none(config, out, capsys):
     assert "resuming" not in here(config, "--resume")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "is finished: step 12 of 12" in here(config, "--resume")
-    assert "already holds a run: continue it with --resume" in error(capsys, config)
+    assert "already holds a run: add --resume to continue it" in error(capsys, config)
     assert "cannot change dim from 32 to 64" in error(capsys, config, "--resume", "--dim=64")
     assert "step 12, beyond max_steps=10" in error(capsys, config, "--resume", "--max_steps=10")
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
