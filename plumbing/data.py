@@ -48,6 +48,8 @@ class Shard:
     def read(self, start, count):
         """Tokens start … start + count − 1: (count,) int64."""
         size = self.dtype.itemsize
+        if not hasattr(os, "pread"):  # Windows
+            return np.fromfile(self.path, self.dtype, count, offset=HEADER_BYTES + start * size).astype(np.int64)
         file = opened(self.path)
         # One call reads from a place, so that threads can share a file. (A memory map would end the process if the file
         # were cut off.)
@@ -205,8 +207,11 @@ class Corpus:
 
     def read(self, shard, start, count):
         """Tokens start … start + count − 1 of a shard: (count,) int64. UserError if one is not below vocab_size."""
-        tokens = shard.read(start, count)
-        if len(tokens) < count:  # numpy says nothing if a file ends early or a disk fails
+        try:
+            tokens = shard.read(start, count)
+        except OSError:
+            tokens = []
+        if len(tokens) < count:  # a file that ends early raises nothing
             raise UserError(f"{shard.path} cannot be read to its end: it is damaged, or its disk fails")
         largest = tokens.max(initial=0)
         if largest >= self.vocab_size:

@@ -236,7 +236,9 @@ def read_fineweb_edu(subset, position):
             if is_final(error) or failures == len(PATIENCE):
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 alternative = "start again to continue, or give your own texts or stdlib instead"
-                raise UserError(f"FineWeb-Edu ({subset}) could not be read ({reason}): {alternative}") from None
+                raise UserError(
+                    f"FineWeb-Edu ({subset}) could not be read from Hugging Face ({reason}): {alternative}"
+                ) from None
             print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
             time.sleep(PATIENCE[failures])
             failures += 1

@@ -164,12 +164,19 @@ def test_tokens_beyond_the_vocabulary(folder):
         Corpus(folder, "train", 8, 10).batch(0, 0, 19)
 
 
-def test_a_shard_that_ends_early_is_named(folder):
+def test_a_shard_that_ends_early_is_named(folder, monkeypatch):
     corpus = Corpus(folder, "train", 8, 1000)
     path = corpus.shards[0].path
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="cannot be read to its end"):
+    with pytest.raises(UserError, match=f"{path} cannot be read to its end"):
         corpus.batch(0, 0, 19)
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.pread", fail)
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        corpus.batch(0, 0, 1)
 
 
 @pytest.mark.parametrize("max_tokens", [10**6, 49, 48, 40, 17, 3])
