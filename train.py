@@ -43,7 +43,7 @@ class Config(ModelConfig):
     micro_batch_size: int = key(16, "sequences that a process computes at once; the rest is accumulated", low=1)
     # schedule and optimizer
     max_steps: int = key(1000, "number of updates", low=1)
-    tokens_per_parameter: float = key(0.0, "sets max_steps by the model's size, without activation scalars", low=0)
+    tokens_per_parameter: float = key(0.0, "sets max_steps by the size of the model", low=0, most=1e6)
     optimizer: str = key("adamw", "muon takes the layers' matrices, adamw the rest", choices=("adamw", "muon"))
     lr: float = key(1e-3, "peak learning rate", low=0)
     alpha_lr: float = key(1.0, "learning rate of the activation scalars, in multiples of lr", low=0)
