@@ -118,6 +118,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)  # of q, k and v
         self.q_proj = Linear(config.dim, config.n_heads * self.head_dim)
         self.k_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.v_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
@@ -128,7 +129,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin):
         """(B, T, C) → (B, T, C). q and k are rotated before they are transposed: in memory's own order, which saves a
         GPU three copies per layer."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        # one matmul for all three: those of k and v alone are too small for a large GPU
+        weight = torch.cat([proj.weight for proj in (self.q_proj, self.k_proj, self.v_proj)])
+        heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split(self.heads, dim=-2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos[:, None], sin[:, None]  # the same angles for every head
