@@ -7,7 +7,7 @@ python prepare_data.py fineweb-edu --subset=sample-350BT --tokenizer=tekken --to
 
 torchrun --nproc_per_node=8 train.py configs/xielu_1b.py
 
-docs/reliability.md has a script for a SLURM cluster.
+docs/running.md has a script for a SLURM cluster.
 """
 
 data = "data/fineweb-edu-tekken"

@@ -1,7 +1,7 @@
 """What can happen to a run: kills, signals, dead ranks, full disks and NaN, done to real processes; and files that were
 damaged or have changed.
 
-The long ones are marked slow. The table of docs/reliability.md names these tests.
+The long ones are marked slow. The table of docs/running.md names these tests.
 """
 
 import contextlib

@@ -383,8 +383,9 @@ def test_muon_resumes_bit_for_bit(config, tmp_path):
 def test_two_processes_give_the_losses_of_one(config, tmp_path, optimizer):
     options = ["--micro_batch_size=2", "--activation=xielu", f"--optimizer={optimizer}"]
     here(config, f"--out={tmp_path}/one", *options)
-    output = run(config, f"--out={tmp_path}/two", *options, "--compile", processes=2)
-    assert output.count("compiling: ") == output.count("step 12/12  loss") == 1
+    compiles = optimizer == "adamw"
+    output = run(config, f"--out={tmp_path}/two", *options, f"--compile={compiles}", processes=2)
+    assert output.count("compiling: ") == compiles and output.count("step 12/12  loss") == 1
     assert_same_losses(tmp_path / "two", tmp_path / "one", rel=1e-5)
     norms = [[record.get("grad_norm", 0) for record in log(tmp_path / name)] for name in ("two", "one")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)

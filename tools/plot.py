@@ -208,18 +208,17 @@ def draw_budget(rows, path):
     figure, [[axis]] = new_figure(1, 1, 8, 4.8)
     axis.axhline(0, linewidth=2, label=reference, **line_style(0))
     for number, (activation, its_rows) in enumerate(lines.items(), 1):
-        ratios = [row["tokens"] / row["parameters"] for row in its_rows]
-        axis.plot(ratios, [row["difference"] for row in its_rows], linewidth=1.6, **line_style(number))
-        for index, (row, ratio) in enumerate(zip(its_rows, ratios)):
-            moved = ratio * 1.03 ** (number - (len(lines) + 1) / 2)  # so that bars do not hide each other
-            draw_dot(axis, row, moved, number, along="y", label=None if index else activation)
+        shift = 1.03 ** (number - (len(lines) + 1) / 2)  # so that bars do not hide each other
+        places = [shift * row["tokens"] / row["parameters"] for row in its_rows]
+        axis.plot(places, [row["difference"] for row in its_rows], linewidth=1.6, **line_style(number))
+        for index, (row, place) in enumerate(zip(its_rows, places)):
+            draw_dot(axis, row, place, number, along="y", label=None if index else activation)
     ticks = sorted({row["tokens"] / row["parameters"] for row in rows})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set(xlabel="tokens per parameter", ylabel=f"loss − loss of {reference} (nats)")
-    for text, y, side in ((f"{reference} is better", 0.98, "top"), (f"{reference} is worse", 0.02, "bottom")):
-        axis.text(0.01, y, text, transform=axis.transAxes, va=side, color="#555555")
+    axis.set_xlabel("tokens per parameter")
+    axis.set_ylabel(f"loss − loss of {reference}\n(nats; above 0, {reference} is better)")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)
 
