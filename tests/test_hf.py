@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ import tiktoken
 import torch
 from tiktoken import _educational
 
-from model import ModelConfig
 from plumbing.command import UserError
 from plumbing.tokenizer import get_tokenizer
 from runs import ODD_TEXTS, TINY, here, log, settings_restored
@@ -111,22 +109,21 @@ def test_xielu_near_zero(exported, qk_norm):
 
 @pytest.mark.parametrize("activation, qk_norm", [("xielu", False), ("xielu", True), ("swiglu", False)])
 def test_import_is_exact(exported, tmp_path, activation, qk_norm):
+    """The weights, and every key of the run but the name of its folder."""
     out, folder = exported(activation, qk_norm)
     assert hf.main(["import", str(folder), str(tmp_path / "back")]) == 0
     ours, config, tokenizer = sample.load_run(out, "cpu", torch.float32)
     again, config_again, tokenizer_again = sample.load_run(tmp_path / "back", "cpu", torch.float32)
     assert tokenizer == tokenizer_again == "bytes"
-    assert all(getattr(config, item.name) == getattr(config_again, item.name) for item in fields(ModelConfig))
+    assert vars(config_again) == vars(config) | {"out": str(tmp_path / "back")}
     torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("activation, qk_norm", [("relu2", False), ("xielu", True)])
-def test_an_imported_run_continues(exported, tmp_path, corpus, activation, qk_norm):
+def test_an_imported_run_continues(exported, tmp_path, activation, qk_norm):
     """From where the other one ended, and in its own folder, even if that was moved."""
     (out, folder), back = exported(activation, qk_norm), tmp_path / "back"
-    keys = [f"--data={corpus}", "--tokens_per_step=256", "--micro_batch_size=4", "--eval_tokens=1000", "--max_steps=5"]
-    keys += ["--warmup_steps=0", "--decay_steps=0", "--log_every=1"]
-    keys += ["--compile=False", "--device=cpu", "--dtype=float32"]
+    keys = ["--max_steps=5", "--warmup_steps=0", "--decay_steps=0"]
     assert hf.main(["import", str(folder), str(back), *keys]) == 0
     moved = back.rename(tmp_path / "moved")
     here(moved / "config.py", "--resume")
@@ -188,13 +185,24 @@ def test_mlx(exported):
     assert written == greedy(out, [256, *b"def "])
 
 
-@pytest.mark.parametrize("qk_norm, runs_in", [(False, "transformers alone"), (True, "vLLM, SGLang, llama")])
-def test_where_it_runs(runs, tmp_path, capsys, qk_norm, runs_in):
-    assert hf.main(["export", str(runs("xielu", qk_norm)), str(tmp_path / "new")]) == 0
-    note, _ = capsys.readouterr().out.splitlines()
-    assert runs_in in note
+@pytest.mark.parametrize(
+    "activation, qk_norm, runs_in",
+    [
+        ("xielu", False, "arcee with xielu runs in transformers alone, with scalars in bf16"),
+        ("xielu", True, "apertus with xielu runs in transformers, vLLM, SGLang, llama.cpp and mlx-lm"),
+        ("geglu", False, "llama with gelu runs in transformers alone: llama.cpp and mlx-lm would compute SwiGLU"),
+        ("gelu", False, "arcee with gelu runs in transformers alone: llama.cpp would compute ReLU²"),
+    ],
+)
+def test_what_is_written(runs, tmp_path, capsys, activation, qk_norm, runs_in):
+    assert hf.main(["export", str(runs(activation, qk_norm)), str(tmp_path / "new")]) == 0
+    note = capsys.readouterr().out.splitlines()[-2]
+    assert note.startswith(f"note: {runs_in}")
     # llama.cpp refuses an Apertus model without a head of its own, even a tied one
-    assert ("lm_head.weight" in safetensors.load_file(tmp_path / "new" / "model.safetensors")) == qk_norm
+    tied = activation == "xielu" and not qk_norm
+    assert ("lm_head.weight" in safetensors.load_file(tmp_path / "new" / "model.safetensors")) != tied
+    (tmp_path / "usual").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "new").iterdir()} == {(tmp_path / "usual").stat().st_mode}
 
 
 @pytest.mark.parametrize(
@@ -204,7 +212,7 @@ def test_where_it_runs(runs, tmp_path, capsys, qk_norm, runs_in):
         ("exports RUN NEW", "invalid choice: 'exports'"),
         ("export RUN NEW --dtype=float16", "the only option of export is --tokenizer=NAME"),
         ("export NOTHING NEW", "has no ckpt.pt"),
-        ("export XSILU NEW", "no class of transformers for xsilu, only for swiglu, geglu, xielu"),
+        ("export XSILU NEW", "no class of transformers for xsilu, only for swiglu, geglu, xielu, xielu_reference"),
         ("export RELU2 NEW", "no class of transformers for relu2 with qk_norm, only for xielu, xielu_reference"),
         ("export RUN FOLDER", "is not empty"),
         ("export RUN NEW --tokenizer", "give options as --KEY=VALUE, not --tokenizer"),
@@ -236,18 +244,25 @@ def check_mistake(argv, message, capsys):
     assert message in stderr and stderr.count("\n") == 1, stderr
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+
+
 @pytest.mark.parametrize(
     "keys, message",
     [
         ({"model_type": "gpt2"}, "no model of type gpt2"),
         ({"model_type": "nobody"}, "cannot be read"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "positions of type linear"),
-        ({"model_type": "llama", "hidden_act": "silu", "intermediate_size": 49}, "does not divide by 3"),
+        ({"rope_parameters": "none"}, "config.json cannot be read"),
+        ({"model_type": "llama", "hidden_act": "silu", "intermediate_size": 49}, "intermediate_size is odd"),
         ({"hidden_size": 64}, "torch.Size([257, 32]) from checkpoint"),
-        ({"hidden_size": None}, "config.json cannot be read"),
+        ({"hidden_size": 2**31}, "the weights do not fit config.json"),
+        ({"num_hidden_layers": 10_000}, "config.json has 10000 layers, and the weights have 2"),
         ({"rms_norm_eps": "small"}, "config.json cannot be read"),
         ({"num_attention_heads": 0}, "config.json"),
-        ({"max_position_embeddings": -1}, "config.json does not make a model"),
+        ({"nanoxielu_config": {"lr": "fast"}}, "config.json does not make a model: lr must be a number"),
+        ({"nanoxielu_config": [3]}, "config.json cannot be read"),
+        *(({key: value}, "config.json ") for key in SIZES for value in (10**30, -1, "3", None, 2.5, [])),
     ],
 )
 def test_folders_of_other_models(exported, tmp_path, capsys, keys, message):
