@@ -11,6 +11,7 @@ import tiktoken
 import torch
 from tiktoken import _educational
 
+import xielu
 from plumbing.command import UserError
 from plumbing.tokenizer import get_tokenizer
 from runs import ODD_TEXTS, TINY, here, log, settings_restored
@@ -20,6 +21,12 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 TEXT = "def f(x):\n    return  x**2 # größe, naïve — 漢字 🙂\r\n\t'don't' 1234567 <|endoftext|> \u0000 a  b   c\n\n"
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(compile_again):
+    """Compiling takes longer than all else here."""
+    xielu.COMPILE = False
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +219,14 @@ def test_what_is_written(runs, tmp_path, capsys, activation, qk_norm, runs_in):
         ("exports RUN NEW", "invalid choice: 'exports'"),
         ("export RUN NEW --dtype=float16", "the only option of export is --tokenizer=NAME"),
         ("export NOTHING NEW", "has no ckpt.pt"),
-        ("export XSILU NEW", "no class of transformers for xsilu, only for swiglu, geglu, xielu, xielu_reference"),
-        ("export RELU2 NEW", "no class of transformers for relu2 with qk_norm, only for xielu, xielu_reference"),
+        (
+            "export XSILU NEW",
+            "no class for a model with xsilu and qk_norm=False: with this qk_norm it has swiglu, geglu, xielu",
+        ),
+        (
+            "export RELU2 NEW",
+            "no class for a model with relu2 and qk_norm=True: with this qk_norm it has xielu, xielu_reference",
+        ),
         ("export RUN FOLDER", "is not empty"),
         ("export RUN NEW --tokenizer", "give options as --KEY=VALUE, not --tokenizer"),
         ("export RUN NEW --tokenizer=gpt2", "more than the run's vocab_size"),
@@ -283,7 +296,7 @@ def test_damaged_and_other_weights(exported, tmp_path, capsys):
     weights.unlink()
     check_mistake(line, "has no .safetensors file", capsys)
     for name, shape, message in (
-        ("layers.0.mlp.act_fn.beta", 1, "is 1.0, and this code's β is 0.5"),
+        ("layers.0.mlp.act_fn.beta", (2, 1), "is [[1.0], [1.0]], and this code's β is 0.5"),
         ("layers.0.mlp.up_proj.bias", 48, 'Unexpected key(s) in state_dict: "layers.0.mlp.up_proj.bias"'),
         ("layers.0.self_attn.q_proj.weight", (128, 32), "size mismatch for layers.0.self_attn.q_proj.weight"),
     ):

@@ -142,8 +142,8 @@ APERTUS_NAMES = {".input_layernorm": ".attention_layernorm", ".post_attention_la
 
 def to_hf(state, config):
     """Our state dict with transformers' names. Its xIELU reads two more tensors: without them it would compute with
-    β = 0. With eps = 1e-6 its value and gradient for x ≤ 0 are
-    ours, 0 included: min(x, eps) is x there, where min(x, 0) would halve the gradient at 0."""
+    β = 0. With eps = 1e-6 its value and gradient for x ≤ 0 are ours, 0 included: min(x, eps) is x there, where
+    min(x, 0) would halve the gradient at 0."""
     model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
     tensors = {}
     for name, tensor in state.items():
@@ -163,14 +163,13 @@ def to_hf(state, config):
 
 def read_tensors(folder):
     """{name: tensor} of all safetensors files in a folder; UserError if there is none or one is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             tensors |= load_file(file)
-        except SafetensorError as error:
+        except Exception as error:  # it has many kinds
             raise UserError(f"{file} is damaged ({error})") from None
     if not tensors:
         raise UserError(f"{folder} has no .safetensors file")
@@ -182,8 +181,8 @@ def from_hf(tensors, config):
     config's model, or their xIELU has another β."""
     state = {}
     for name, tensor in tensors.items():
-        if name.endswith("act_fn.beta") and tensor.float().item() != 0.5:
-            raise UserError(f"{name} is {tensor.item()}, and this code's β is 0.5")
+        if name.endswith("act_fn.beta") and (tensor != 0.5).any():
+            raise UserError(f"{name} is {tensor.tolist()}, and this code's β is 0.5")
         if not name.endswith(("act_fn.beta", "act_fn.eps", "rotary_emb.inv_freq")):
             name = name.removeprefix("model.")
             for ours, theirs in (NAMES | APERTUS_NAMES).items():
@@ -262,9 +261,9 @@ def export_run(out, folder, tokenizer=None):
     model, config, known = load_run(out, "cpu", torch.float32)
     kind = CLASSES.get((config.activation, config.qk_norm))
     if not kind:
-        having = " with qk_norm" if config.qk_norm else ""
-        fits = ", ".join(activation for activation, qk_norm in CLASSES if qk_norm == config.qk_norm)
-        raise UserError(f"tools.hf has no class of transformers for {config.activation}{having}, only for {fits}")
+        fits = ", ".join(name for name, qk_norm in CLASSES if qk_norm == config.qk_norm)
+        having = f"{config.activation} and qk_norm={config.qk_norm}"
+        raise UserError(f"transformers has no class for a model with {having}: with this qk_norm it has {fits}")
     name = tokenizer or known
     encoding = own_encoding(name, config) if name else None
     end_of_text = encoding.eot_token if name else imported_tokenizer(out)[1]
@@ -294,16 +293,9 @@ def import_folder(folder, out, options):
     values = batch | values | options | {"out": str(out)}
     config = Config(**values)
     config.check_batch(processes=1)
-    checkpoint = {
-        "step": 0,
-        "seconds": 0.0,
-        "loss_average": None,
-        "model": from_hf(read_tensors(folder), config),
-        "optimizers": [],
-        "config": vars(config),
-        "from_file": vars(config),
-        "facts": {"tokenizer": tokenizer} if tokenizer else {},
-    }
+    checkpoint = {"step": 0, "seconds": 0.0, "loss_average": None, "optimizers": []}
+    checkpoint |= {"model": from_hf(read_tensors(folder), config), "config": vars(config), "from_file": vars(config)}
+    checkpoint["facts"] = {"tokenizer": tokenizer} if tokenizer else {}
     out.mkdir(parents=True, exist_ok=True)
     lines = [f"{name} = {value!r}\n" for name, value in values.items() if name != "out"]
     lines = ["from pathlib import Path\n\n", *lines, "out = str(Path(__file__).parent)\n"]  # so the folder may move
