@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,18 +273,20 @@ SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_
         ({"hidden_size": 2**31}, "the weights do not fit config.json"),
         ({"num_hidden_layers": 10_000}, "config.json has 10000 layers, and the weights have 2"),
         ({"rms_norm_eps": "small"}, "config.json cannot be read"),
+        ({"vocab_size": -1}, "config.json does not make a model"),  # of which transformers has more to say
         ({"num_attention_heads": 0}, "config.json"),
         ({"nanoxielu_config": {"lr": "fast"}}, "config.json does not make a model: lr must be a number"),
         ({"nanoxielu_config": [3]}, "config.json cannot be read"),
         *(({key: value}, "config.json ") for key in SIZES for value in (10**30, -1, "3", None, 2.5, [])),
     ],
 )
-def test_folders_of_other_models(exported, tmp_path, capsys, keys, message):
+def test_folders_of_other_models(exported, tmp_path, capsys, caplog, monkeypatch, keys, message):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
     changed = shutil.copytree(exported("relu2")[1], tmp_path / "changed")
     config = json.loads((changed / "config.json").read_text()) | keys
     (changed / "config.json").write_text(json.dumps(config))
     check_mistake(["import", str(changed), str(tmp_path / "new")], message, capsys)
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and not caplog.records
 
 
 def test_damaged_and_other_weights(exported, tmp_path, capsys):

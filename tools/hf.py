@@ -102,11 +102,12 @@ def our_config(folder):
     """({key: value}, our name of the tokenizer or None) of a folder that transformers has saved: the keys of the model,
     and those of the run if a run was exported. UserError if our code cannot be that model. (from_hf refuses biases and
     heads of another width, which show in the weights.)"""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, logging
 
     path = folder / "config.json"
     if not path.exists():  # transformers would look for it on the web
         raise UserError(f"{folder} has no config.json: give a folder that transformers has saved")
+    logging.set_verbosity_error()  # our own lines say what is wrong
     try:
         hf = AutoConfig.from_pretrained(folder).to_dict()
         hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # where transformers 5 keeps rope_theta
