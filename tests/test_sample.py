@@ -50,23 +50,21 @@ def test_past_seq_len():
 
 
 class Mixed(torch.nn.Module):
-    """An activation with a scalar, a parameter per channel and a matrix."""
+    """An activation with a matrix."""
 
     def __init__(self, width):
         super().__init__()
-        self.parts = torch.nn.ParameterList(torch.ones(shape) for shape in ((1,), (width,), (width, width)))
+        self.matrix = torch.nn.Parameter(torch.eye(width))
 
     def forward(self, x):
-        scalar, channel, matrix = self.parts
-        return (scalar * channel * x.float() @ matrix).to(x.dtype)
+        return (x.float() @ self.matrix).to(x.dtype)
 
 
 def test_dtypes(tmp_path, monkeypatch):
     """What multiplies every token is cast once; norms, and what an activation trains, keep their digits."""
     monkeypatch.setitem(ACTIVATIONS, "mixed", Activation("a mixture", Mixed))
     model = tiny("mixed")
-    kept = {"config": vars(model.config), "model": model.state_dict(), "facts": {}}
-    save_checkpoint(tmp_path, kept)
+    save_checkpoint(tmp_path, {"config": vars(model.config), "model": model.state_dict(), "facts": {}})
     loaded, _, _ = sample.load_run(tmp_path, "cpu", torch.bfloat16)
     for name, weight in loaded.named_parameters():
         assert weight.dtype == (torch.float32 if "norm" in name or "act_fn" in name else torch.bfloat16), name
