@@ -182,7 +182,7 @@ def test_mlx(exported):
 @pytest.mark.parametrize(
     "activation, qk_norm, runs_in",
     [
-        ("xielu", False, "arcee with xielu runs in transformers alone, with scalars in bf16"),
+        ("xielu", False, "arcee with xielu runs in transformers alone, its scalars in bf16"),
         ("xielu", True, "apertus with xielu runs in transformers, vLLM, SGLang, llama.cpp and mlx-lm"),
         ("geglu", False, "llama with gelu runs in transformers alone: llama.cpp and mlx-lm would compute SwiGLU"),
         ("gelu", False, "arcee with gelu runs in transformers alone: llama.cpp would compute ReLU²"),
@@ -220,11 +220,11 @@ def test_what_is_written(runs, tmp_path, capsys, activation, qk_norm, runs_in):
     ],
 )
 def test_mistakes(runs, exported, tmp_path, capsys, monkeypatch, argv, message):
-    monkeypatch.setattr(sample, "get_tokenizer", lambda name: SimpleNamespace(n_vocab=50257))  # without a download
     (run, folder), nothing = exported("relu2"), tmp_path / "nothing"
     nothing.mkdir()
     places = {"RUN": run, "FOLDER": folder, "NOTHING": nothing, "NEW": tmp_path / "new"}
     places |= {"XSILU": runs("xsilu"), "RELU2": runs("relu2", qk_norm=True)}
+    monkeypatch.setattr(sample, "get_tokenizer", lambda name: SimpleNamespace(n_vocab=50257))  # without a download
     check_mistake([str(places.get(word, word)) for word in argv.split()], message, capsys)
     assert not (tmp_path / "new").exists()
 

@@ -4,8 +4,8 @@
     python -m tools.hf import FOLDER out/NAME      a Llama, Arcee or Apertus folder as a run, to sample or train further
 
 Both need  pip install transformers.  --tokenizer=NAME tells export which tokenizer made the run's data, if its
-meta.json does not. import takes --KEY=VALUE of train.py, such as --data, and writes out/NAME/config.py, with which
-training continues: python train.py out/NAME/config.py --resume
+meta.json does not. import takes --KEY=VALUE of train.py, such as --data; the other keys are as in the run that was
+exported. It writes out/NAME/config.py, with which training continues: python train.py out/NAME/config.py --resume
 
 A run with xIELU and qk_norm becomes an Apertus model, which more engines than transformers know. Without qk_norm it
 becomes an Arcee model, whose scalars transformers keeps in bf16, whatever dtype is asked for: three digits. The file
@@ -19,7 +19,6 @@ loads all digits (strict=False, because the file holds a tied output head only o
 
 import importlib.util
 import json
-import re
 import shutil
 import sys
 from dataclasses import fields
@@ -39,7 +38,7 @@ from train import Config
 
 XIELU = ("xielu", "xielu_reference", "xielu_inverted")  # one function
 EVERYWHERE = "transformers, vLLM, SGLang, llama.cpp and mlx-lm"
-NOT_QK_NORM = "transformers alone, with scalars in bf16 (python -m tools.hf --help); with qk_norm, in the others too"
+NOT_QK_NORM = "transformers alone, its scalars in bf16 (see --help); trained with qk_norm, it would run in most engines"
 NOT_RELU2 = "transformers alone: llama.cpp would compute ReLU² in its place, without a word"
 NOT_SWIGLU = "transformers alone: llama.cpp and mlx-lm would compute SwiGLU in its place, without a word"
 
@@ -313,7 +312,7 @@ def convert(argv):
     parser.add_argument("target", metavar="TO", type=Path)
     options, others = parser.parse_known_args(argv)
     for argument in others:
-        if not re.fullmatch("--[^=]+=.+", argument):
+        if not argument.startswith("--") or not argument.partition("=")[2]:
             parser.error(f"give options as --KEY=VALUE, not {argument}")
     keys = dict(argument[2:].split("=", 1) for argument in others)
     if importlib.util.find_spec("transformers") is None:
