@@ -16,6 +16,7 @@ from plumbing.tokenizer import get_tokenizer
 from runs import ROOT, TINY, here
 from tools import sample
 from tools.sample import choose, generate
+from train import Config
 
 
 def tiny(activation="relu2"):
@@ -64,7 +65,9 @@ def test_dtypes(tmp_path, monkeypatch):
     """What multiplies every token is cast once; norms, and what an activation trains, keep their digits."""
     monkeypatch.setitem(ACTIVATIONS, "mixed", Activation("a mixture", Mixed))
     model = tiny("mixed")
-    save_checkpoint(tmp_path, {"config": vars(model.config), "model": model.state_dict(), "facts": {}})
+    keys = vars(Config(**vars(model.config)))
+    checkpoint = {"step": 0, "seconds": 0.0, "loss_average": None, "facts": {}, "optimizers": []}
+    save_checkpoint(tmp_path, checkpoint | {"config": keys, "from_file": keys, "model": model.state_dict()})
     loaded, _, _ = sample.load_run(tmp_path, "cpu", torch.bfloat16)
     for name, weight in loaded.named_parameters():
         assert weight.dtype == (torch.float32 if "norm" in name or "act_fn" in name else torch.bfloat16), name
