@@ -9,14 +9,17 @@ import pytest
 import torch
 
 import xielu
+from activations import ACTIVATIONS, Activation
 from model import Llama, ModelConfig
+from plumbing.run import save_checkpoint
 from plumbing.tokenizer import get_tokenizer
 from runs import ROOT, TINY, here
 from tools import sample
 from tools.sample import choose, generate
+from train import Config
 
 
-def tiny(activation="xielu"):
+def tiny(activation="relu2"):
     """A model whose weights are large, so that the logits differ between tokens."""
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "seq_len": 24}
     return Llama(ModelConfig(activation, init_std=0.2, **sizes), seed=3).eval()
@@ -47,6 +50,30 @@ def test_past_seq_len():
     assert next(generate(model, long, 1, 0, 0, None)) == model(torch.tensor([long[-24:]]))[0, -1].argmax()
 
 
+class Mixed(torch.nn.Module):
+    """An activation with a matrix."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.eye(width))
+
+    def forward(self, x):
+        return (x.float() @ self.matrix).to(x.dtype)
+
+
+def test_dtypes(tmp_path, monkeypatch):
+    """What multiplies every token is cast once; norms, and what an activation trains, keep their digits."""
+    monkeypatch.setitem(ACTIVATIONS, "mixed", Activation("a mixture", Mixed))
+    model = tiny("mixed")
+    keys = vars(Config(**vars(model.config)))
+    checkpoint = {"step": 0, "seconds": 0.0, "loss_average": None, "facts": {}, "optimizers": []}
+    save_checkpoint(tmp_path, checkpoint | {"config": keys, "from_file": keys, "model": model.state_dict()})
+    loaded, _, _ = sample.load_run(tmp_path, "cpu", torch.bfloat16)
+    for name, weight in loaded.named_parameters():
+        assert weight.dtype == (torch.float32 if "norm" in name or "act_fn" in name else torch.bfloat16), name
+    assert list(generate(loaded, [1, 2], 3, 0, 0, None))
+
+
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sampled")
@@ -60,12 +87,6 @@ def written(capsys, *argv):
     capsys.readouterr()
     assert sample.main([str(argument) for argument in argv]) == 0
     return capsys.readouterr().out
-
-
-def process(*argv, **options):
-    """A process that writes, with pipes for its input and output."""
-    command = [sys.executable, "-m", "tools.sample", *map(str, argv)]
-    return Popen(command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE, **options)
 
 
 def test_command(trained, capsys):
@@ -86,25 +107,21 @@ def test_the_text_is_what_follows_a_beginning(trained, capsys):
     assert text == "def " + bytes(tokens).decode("utf-8", "replace").rstrip("\ufffd") + "\n"
 
 
-def test_a_pipe_that_is_closed(trained):
-    writing = process(trained, "--tokens=2000", "--prompt=abcdefghijkl")
-    assert writing.stdout.read(10) == b"abcdefghij"
-    writing.stdout.close()
-    stderr = writing.stderr.read().decode()
-    assert writing.wait(timeout=60) == 0 and "Error" not in stderr and "error" not in stderr
-
-
-def test_prompt_from_a_file_and_from_standard_input(trained, tmp_path, capsys):
-    """The latter for a terminal that cannot show all letters."""
+def test_pipes(trained, tmp_path, capsys):
+    """A prompt from a file, then from standard input, for a terminal that cannot show all letters and closes early."""
     text = "größe <|endoftext|>\n"
     (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
-    options = [trained, "--tokens=5", "--temperature=0"]
-    from_file = written(capsys, *options, f"--prompt_file={tmp_path}/prompt.txt")
-    assert from_file.startswith(text)
-    writing = process(*options, "--prompt_file=-", env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    stdout, stderr = writing.communicate(text.encode())
-    assert writing.returncode == 0 and stdout.startswith(b"gr??e"), stderr
-    assert stdout == from_file.encode("ascii", "replace")
+    assert written(capsys, trained, "--tokens=5", f"--prompt_file={tmp_path}/prompt.txt").startswith(text)
+    command = [sys.executable, "-m", "tools.sample", trained, "--tokens=2000", "--prompt_file=-"]
+    with Popen(
+        command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    ) as writing:
+        writing.stdin.write(text.encode())
+        writing.stdin.close()
+        assert writing.stdout.read(len(text)) == text.encode("ascii", "replace")
+        writing.stdout.close()
+        stderr = writing.stderr.read().decode()
+    assert writing.returncode == 0 and "error" not in stderr.lower()
 
 
 def test_it_ends_where_the_model_ends_it(trained, capsys, monkeypatch):

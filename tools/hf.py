@@ -4,8 +4,8 @@
     python -m tools.hf import FOLDER out/NAME      a Llama, Arcee or Apertus folder as a run, to sample or train further
 
 Both need  pip install transformers.  --tokenizer=NAME tells export which tokenizer made the run's data, if its
-meta.json does not. import takes --KEY=VALUE of train.py, such as --data, and writes out/NAME/config.py, with which
-training continues: python train.py out/NAME/config.py --resume
+meta.json does not. import takes --KEY=VALUE of train.py, such as --data; the other keys are as in the run that was
+exported, which the folder says (but not where its data are). It writes out/NAME/config.py, with which training continues: python train.py out/NAME/config.py --resume
 
 A run with xIELU and qk_norm becomes an Apertus model, which more engines than transformers know. Without qk_norm it
 becomes an Arcee model, whose scalars transformers keeps in bf16, whatever dtype is asked for: three digits. The file
@@ -19,9 +19,9 @@ loads all digits (strict=False, because the file holds a tied output head only o
 
 import importlib.util
 import json
-import re
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten
 
@@ -36,29 +36,27 @@ from train import Config
 # ---------------------------------------------------------------------------------------------------------------
 # The config
 
-# The model_type and hidden_act of what transformers has a class for, by our activation and qk_norm; in reverse, the
-# first counts
-CLASSES = {
-    ("swiglu", False): ("llama", "silu"),
-    ("geglu", False): ("llama", "gelu"),
-    ("xielu", False): ("arcee", "xielu"),
-    ("xielu_reference", False): ("arcee", "xielu"),
-    ("xielu_inverted", False): ("arcee", "xielu"),
-    ("relu2", False): ("arcee", "relu2"),
-    ("gelu", False): ("arcee", "gelu"),
-    ("silu", False): ("arcee", "silu"),
-    ("relu", False): ("arcee", "relu"),
-    ("xielu", True): ("apertus", "xielu"),
-    ("xielu_reference", True): ("apertus", "xielu"),
-    ("xielu_inverted", True): ("apertus", "xielu"),
+XIELU = ("xielu", "xielu_reference", "xielu_inverted")  # one function
+EVERYWHERE = "transformers, vLLM, SGLang, llama.cpp and mlx-lm"
+NOT_QK_NORM = "transformers alone, its scalars in bf16 (see --help); trained with qk_norm, it would run in most engines"
+NOT_RELU2 = "transformers alone: llama.cpp would compute ReLU² in its place, without a word"
+NOT_SWIGLU = "transformers alone: llama.cpp and mlx-lm would compute SwiGLU in its place, without a word"
+
+# What transformers has a class for, by its model_type and hidden_act: our activations that it computes, of which an
+# import takes the first, and where such a model runs. Apertus has qk_norm, the others do not.
+FAMILIES = {
+    ("llama", "silu"): (("swiglu",), EVERYWHERE),
+    ("llama", "gelu"): (("geglu",), NOT_SWIGLU),
+    ("arcee", "xielu"): (XIELU, NOT_QK_NORM),
+    ("arcee", "relu2"): (("relu2",), "transformers, vLLM and llama.cpp"),
+    **{("arcee", name): ((name,), NOT_RELU2) for name in ("gelu", "silu", "relu")},
+    ("apertus", "xielu"): (XIELU, EVERYWHERE),
 }
 
-# Where a model with xIELU runs, by its model_type
-RUNS_IN = {
-    "apertus": "transformers, vLLM, SGLang, llama.cpp and mlx-lm run it",
-    "arcee": "transformers alone runs it, with scalars in bf16 (see python -m tools.hf --help); vLLM and llama.cpp "
-    "refuse it. With qk_norm=True it would be an Apertus model, which runs in all of them",
-}
+# The same by our activation and qk_norm
+CLASSES = {(name, kind[0] == "apertus"): kind for kind, (names, _) in FAMILIES.items() for name in names}
+
+PLACE = ("out", "resume", "resume_from")  # keys that belong to a run's folder, and do not leave it
 
 # Keys that differ only in their name: ours, and that of transformers
 KEYS = {
@@ -66,8 +64,8 @@ KEYS = {
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",  # of a gated MLP, theirs is 2/3 of ours
     "vocab_size": "vocab_size",
-    "mlp_dim": "intermediate_size",
     "seq_len": "max_position_embeddings",
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
@@ -77,11 +75,12 @@ KEYS = {
 
 
 def hf_config(config, end_of_text, tokenizer):
-    """config.json of transformers, as a dict, for a ModelConfig. end_of_text: the token that delimits documents.
-    tokenizer: our name of the tokenizer, by which `import` knows it, or None."""
+    """config.json of transformers, as a dict, for the Config of a run. end_of_text: the token that delimits documents.
+    tokenizer: our name of the tokenizer, or None. What only `import` reads is under names of our own."""
     model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
     return {
         **{theirs: getattr(config, ours) for ours, theirs in KEYS.items()},
+        "intermediate_size": config.mlp_dim,
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
         "hidden_act": hidden_act,
@@ -94,34 +93,41 @@ def hf_config(config, end_of_text, tokenizer):
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text),
         "dtype": "float32",
         "nanoxielu_tokenizer": tokenizer,
+        "nanoxielu_config": {name: value for name, value in vars(config).items() if name not in (*PLACE, "data")},
     }
 
 
 def our_config(folder):
-    """(ModelConfig, our name of the tokenizer or None) of a folder that transformers has saved; UserError if our code
-    cannot be that model. (from_hf refuses biases and heads of another width, which show in the weights.)"""
-    from transformers import AutoConfig
+    """({key: value}, our name of the tokenizer or None) of a folder that transformers has saved: the keys of the model,
+    and those of the run if a run was exported. UserError if our code cannot be that model. (from_hf refuses biases and
+    heads of another width, which show in the weights.)"""
+    from transformers import AutoConfig, logging
 
     path = folder / "config.json"
     if not path.exists():  # transformers would look for it on the web
         raise UserError(f"{folder} has no config.json: give a folder that transformers has saved")
+    logging.set_verbosity_error()  # our own lines say what is wrong
     try:
         hf = AutoConfig.from_pretrained(folder).to_dict()
+        hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # where transformers 5 keeps rope_theta
+        run = dict(hf.get("nanoxielu_config") or {})
     except Exception as error:  # it has many kinds
         raise UserError(f"{path} cannot be read: {error}") from None
-    model_type, hidden_act = theirs = hf["model_type"], hf.get("hidden_act")
-    if theirs not in CLASSES.values():
-        known = ", ".join(" with ".join(pair) for pair in dict.fromkeys(CLASSES.values()))
+    model_type, hidden_act = kind = hf["model_type"], str(hf.get("hidden_act"))
+    if kind not in FAMILIES:
+        known = ", ".join(" with ".join(pair) for pair in FAMILIES)
         raise UserError(f"no model of type {model_type} with {hidden_act}: there are {known}")
-    hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # where transformers 5 keeps rope_theta
     if hf.get("rope_type", "default") != "default":
         raise UserError(f"rotary positions of type {hf['rope_type']} are not those of this code")
-    values = {ours: hf[theirs] for ours, theirs in KEYS.items()}
-    values["activation"], values["qk_norm"] = next(ours for ours in CLASSES if CLASSES[ours] == theirs)
-    width = values.pop("mlp_dim")
-    values["ffn_dim"] = width * 3 // 2 if model_type == "llama" else width
     try:
-        return ModelConfig(**ModelConfig.typed(values, f"in {path}")), hf.get("nanoxielu_tokenizer")
+        model = ModelConfig.typed({ours: hf.get(theirs) for ours, theirs in KEYS.items()}, f"in {path}")
+        model |= {"activation": FAMILIES[kind][0][0], "qk_norm": model_type == "apertus"}
+        if model_type == "llama":
+            if model["ffn_dim"] % 2:
+                raise UserError("intermediate_size is odd, and a gated MLP of this code has an even width")
+            model["ffn_dim"] = model["ffn_dim"] * 3 // 2
+        ModelConfig(**model)
+        return Config.typed(run, f"in {path}") | model, hf.get("nanoxielu_tokenizer")
     except UserError as error:
         raise UserError(f"{path} does not make a model: {error}") from None
 
@@ -136,8 +142,8 @@ APERTUS_NAMES = {".input_layernorm": ".attention_layernorm", ".post_attention_la
 
 def to_hf(state, config):
     """Our state dict with transformers' names. Its xIELU reads two more tensors: without them it would compute with
-    β = 0. With eps = 1e-6 its value and gradient for x ≤ 0 are
-    ours, 0 included: min(x, eps) is x there, where min(x, 0) would halve the gradient at 0."""
+    β = 0. With eps = 1e-6 its value and gradient for x ≤ 0 are ours, 0 included: min(x, eps) is x there, where
+    min(x, 0) would halve the gradient at 0."""
     model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
     tensors = {}
     for name, tensor in state.items():
@@ -157,14 +163,13 @@ def to_hf(state, config):
 
 def read_tensors(folder):
     """{name: tensor} of all safetensors files in a folder; UserError if there is none or one is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:
             tensors |= load_file(file)
-        except SafetensorError as error:
+        except Exception as error:  # it has many kinds
             raise UserError(f"{file} is damaged ({error})") from None
     if not tensors:
         raise UserError(f"{folder} has no .safetensors file")
@@ -176,8 +181,8 @@ def from_hf(tensors, config):
     config's model, or their xIELU has another β."""
     state = {}
     for name, tensor in tensors.items():
-        if name.endswith("act_fn.beta") and tensor.float().item() != 0.5:
-            raise UserError(f"{name} is {tensor.item()}, and this code's β is 0.5")
+        if name.endswith("act_fn.beta") and (tensor != 0.5).any():
+            raise UserError(f"{name} is {tensor.tolist()}, and this code's β is 0.5")
         if not name.endswith(("act_fn.beta", "act_fn.eps", "rotary_emb.inv_freq")):
             name = name.removeprefix("model.")
             for ours, theirs in (NAMES | APERTUS_NAMES).items():
@@ -185,13 +190,15 @@ def from_hf(tensors, config):
             state[name] = tensor.float()
     if config.tie_embeddings and "embed_tokens.weight" in state:
         state["lm_head.weight"] = state["embed_tokens.weight"]
-    with torch.device("meta"):
-        model = Llama(config)
+    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if len(layers) != config.n_layers:  # it may be so many that to build them would take long
+        raise UserError(f"config.json has {config.n_layers} layers, and the weights have {len(layers)}")
     try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1]
-        raise UserError(f"the weights do not fit config.json: {shorten(first, 200)}") from None
+        with torch.device("meta"):
+            Llama(config).load_state_dict(state, assign=True)
+    except RuntimeError as error:  # of load_state_dict, or of sizes that are too large to count
+        reason = str(error).partition("Llama:")[2] or str(error)
+        raise UserError(f"the weights do not fit config.json: {shorten(reason, 200)}") from None
     return state
 
 
@@ -252,10 +259,11 @@ def export_run(out, folder, tokenizer=None):
     from safetensors.torch import save_file
 
     model, config, known = load_run(out, "cpu", torch.float32)
-    if (config.activation, config.qk_norm) not in CLASSES:
-        having = " with qk_norm" if config.qk_norm else ""
-        fits = ", ".join(activation for activation, qk_norm in CLASSES if qk_norm == config.qk_norm)
-        raise UserError(f"tools.hf has no class of transformers for {config.activation}{having}, only for {fits}")
+    kind = CLASSES.get((config.activation, config.qk_norm))
+    if not kind:
+        fits = ", ".join(name for name, qk_norm in CLASSES if qk_norm == config.qk_norm)
+        having = f"{config.activation} and qk_norm={config.qk_norm}"
+        raise UserError(f"transformers has no class for a model with {having}: with this qk_norm it has {fits}")
     name = tokenizer or known
     encoding = own_encoding(name, config) if name else None
     end_of_text = encoding.eot_token if name else imported_tokenizer(out)[1]
@@ -264,37 +272,30 @@ def export_run(out, folder, tokenizer=None):
         write_tokenizer(folder, encoding, config.seq_len)
     else:
         copy_tokenizer(out, folder)
-    written = hf_config(config, end_of_text, name)
-    write_json(folder / "config.json", written)
+    write_json(folder / "config.json", hf_config(config, end_of_text, name))
     save_file(to_hf(model.state_dict(), config), folder / "model.safetensors", metadata={"format": "pt"})
-    if written["hidden_act"] == "xielu":
-        print(f"note: this is an {written['model_type'].capitalize()} model: {RUNS_IN[written['model_type']]}")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file leaves it to its owner alone
+    print(f"note: {' with '.join(kind)} runs in {FAMILIES[kind][1]}")
 
 
 def import_folder(folder, out, options):
-    """Make a run, at step 0, of a folder. options: {key: value} of train.py for its config."""
-    model_config, tokenizer = our_config(folder)
-    sizes = vars(model_config)
+    """Make a run, at step 0, of a folder. options: {key: value} of train.py for its config; what they leave open is as
+    in the run that was exported, if the folder says so."""
+    values, tokenizer = our_config(folder)
+    fixed = [item.name for item in fields(ModelConfig)]
     for name, value in options.items():
         # fewer positions are the same model; everything else that makes it is in the folder
-        if name in (*sizes, "out", "resume") and not (name == "seq_len" and value <= sizes[name]):
-            raise UserError(f"--{name}={value} cannot be set: the model in {folder} has {sizes.get(name, 'its own')}")
-    # unless something else is asked for, a few sequences per step, whatever their length
-    seq_len = options.get("seq_len", sizes["seq_len"])
+        if name in (*fixed, *PLACE) and not (name == "seq_len" and value <= values[name]):
+            raise UserError(f"--{name}={value} cannot be set: the model in {folder} has {values.get(name, 'its own')}")
+    # a model of others gets a few sequences per step, whatever their length
+    seq_len = options.get("seq_len", values["seq_len"])
     batch = {"micro_batch_size": 1, "tokens_per_step": seq_len * max(1, 16384 // seq_len)}
-    values = sizes | batch | options | {"out": str(out)}
+    values = batch | values | options | {"out": str(out)}
     config = Config(**values)
     config.check_batch(processes=1)
-    checkpoint = {
-        "step": 0,
-        "seconds": 0.0,
-        "loss_average": None,
-        "model": from_hf(read_tensors(folder), config),
-        "optimizers": [],
-        "config": vars(config),
-        "from_file": vars(config),
-        "facts": {"tokenizer": tokenizer} if tokenizer else {},
-    }
+    checkpoint = {"step": 0, "seconds": 0.0, "loss_average": None, "optimizers": []}
+    checkpoint |= {"model": from_hf(read_tensors(folder), config), "config": vars(config), "from_file": vars(config)}
+    checkpoint["facts"] = {"tokenizer": tokenizer} if tokenizer else {}
     out.mkdir(parents=True, exist_ok=True)
     lines = [f"{name} = {value!r}\n" for name, value in values.items() if name != "out"]
     lines = ["from pathlib import Path\n\n", *lines, "out = str(Path(__file__).parent)\n"]  # so the folder may move
@@ -311,7 +312,7 @@ def convert(argv):
     parser.add_argument("target", metavar="TO", type=Path)
     options, others = parser.parse_known_args(argv)
     for argument in others:
-        if not re.fullmatch("--[^=]+=.+", argument):
+        if not argument.startswith("--") or not argument.partition("=")[2]:
             parser.error(f"give options as --KEY=VALUE, not {argument}")
     keys = dict(argument[2:].split("=", 1) for argument in others)
     if importlib.util.find_spec("transformers") is None:

@@ -37,8 +37,8 @@ from train import Config
 def load_run(out, device, dtype):
     """(model, Config, name of its tokenizer or None) of the newest checkpoint in a run's folder.
 
-    The matrices are already in `dtype`: otherwise each would be cast for every token. UserError if there is no
-    checkpoint, or if the code of its activation has changed since.
+    The matrices are already in `dtype`: otherwise each would be cast for every token. Norms, and all that an activation
+    trains, stay in float32. UserError if there is no checkpoint, or if the code of its activation has changed since.
     """
     checkpoint = load_checkpoint(Path(out))
     if checkpoint is None:
@@ -48,9 +48,8 @@ def load_run(out, device, dtype):
     with torch.device(device):
         model = Llama(config, dtype, seed=None)
     model.load_state_dict(checkpoint["model"])
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            weight.data = weight.data.to(dtype)
+    for weight in (*model.matrices(), model.embed_tokens.weight, model.lm_head.weight):
+        weight.data = weight.data.to(dtype)
     return model.eval(), config, checkpoint["facts"].get("tokenizer")
 
 
@@ -152,7 +151,7 @@ def read_options(argv):
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     options = parser.parse_args(argv)
     for name, below in (("temperature", math.inf), ("top_k", math.inf), ("seed", 2**63)):
-        check_limits(name, getattr(options, name), help="", low=0, below=below, choices=None)
+        check_limits(name, getattr(options, name), low=0, below=below)
     return options
 
 
