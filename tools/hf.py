@@ -5,7 +5,8 @@
 
 Both need  pip install transformers.  --tokenizer=NAME tells export which tokenizer made the run's data, if its
 meta.json does not. import takes --KEY=VALUE of train.py, such as --data; the other keys are as in the run that was
-exported, which the folder says (but not where its data are). It writes out/NAME/config.py, with which training continues: python train.py out/NAME/config.py --resume
+exported, which the folder says (but not where its data are). It writes out/NAME/config.py, with which training
+continues: python train.py out/NAME/config.py --resume
 
 A run with xIELU and qk_norm becomes an Apertus model, which more engines than transformers know. Without qk_norm it
 becomes an Arcee model, whose scalars transformers keeps in bf16, whatever dtype is asked for: three digits. The file
