@@ -126,8 +126,8 @@ def look_ahead(encoded, count):
 def token_widths(encoding):
     """How many bytes of text each token stands for: (n_vocab,) int64. None for special tokens like the delimiter."""
     widths = np.zeros(encoding.n_vocab, np.int64)
-    for token in encoding.token_byte_values():
-        widths[encoding.encode_single_token(token)] = len(token)
+    for token, rank in encoding._mergeable_ranks.items():
+        widths[rank] = len(token)
     return widths
 
 
@@ -163,13 +163,13 @@ def parse(argv):
     parser = Parser("prepare_data.py")
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--documents", choices=list(SEPARATORS))
-    parser.add_argument("--text_key", default="text")
+    parser.add_argument("--text_key")
     parser.add_argument("--out")
     parser.add_argument("--tokenizer")
     parser.add_argument("--tokens", type=whole_number)
     parser.add_argument("--val_tokens", type=whole_number)
     parser.add_argument("--shard_tokens", type=whole_number, default=10**8)
-    parser.add_argument("--subset", default="sample-10BT")
+    parser.add_argument("--subset")
     parser.add_argument("--workers", type=whole_number, default=os.cpu_count())
     args = parser.parse_args(argv)
     if not all(2 <= size < 2**31 for size in (args.val_tokens or 2, args.shard_tokens)):
@@ -180,45 +180,29 @@ def parse(argv):
     return args
 
 
-def most_tokens(args, source):
-    """About how many tokens there can be, or infinity if that is not known."""
-    known = math.inf
-    sample = re.fullmatch(r"sample-(\d+)BT", args.subset)
-    if args.source == "fineweb-edu" and sample:  # the name says how many billion tokens of gpt2, of about 5 bytes
-        known = int(sample[1]) * 10**9 * (5 if args.tokenizer == "bytes" else 1)
-    elif source.size and args.tokens:  # no text is compressed to less than a thousandth
-        known = 1000 * source.size
-    return min(known, args.tokens or math.inf)
-
-
 def check_room(out, tokens, dtype):
-    """UserError if the disk has no room for this many more tokens; infinity stands for an unknown number."""
+    """UserError if the disk has no room for this many more tokens."""
     needed, free = tokens * dtype.itemsize, shutil.disk_usage(out).free
-    if free < needed < math.inf:
-        raise UserError(
-            f"{out} needs {needed / 1e9:.1f} GB for {tokens:,} tokens, and its disk has {free / 1e9:.1f} GB free: "
-            f"make room, or start with another --out or fewer --tokens"
-        )
+    if free < needed:
+        sizes = f"{needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free"
+        raise UserError(f"{out} needs {sizes}: make room, or start with another --out or fewer --tokens")
 
 
-def counted(encoded, source, most, bar):
-    """The same batches; a progress bar shows their tokens, and about how many there will be in all, `most` or fewer."""
+def counted(encoded, most, bar):
+    """The same batches. A progress bar shows their tokens, `most` or fewer."""
     for position, tokens in encoded:
         bar.update(min(len(tokens), most - bar.n))
-        if source.share and (share := source.share(position)):
-            bar.total = min(round(bar.n / share), most)
         yield position, tokens
-    bar.total = bar.n
 
 
-def fill(args, source, encoding, state, skipped):
+def fill(args, read, encoding, state, skipped):
     """Write the shards that are missing, with a progress bar."""
     from tqdm import tqdm
 
     sizes = {"val": args.val_tokens, "train": args.shard_tokens, "all": args.tokens or math.inf}
     with tqdm(total=args.tokens, initial=written(state) - state["used"], unit="tok", unit_scale=True) as bar:
-        encoded = prefetched(partial(encode, encoding, skipped), source.read(state["position"]), args.workers)
-        encoded = counted(encoded, source, sizes["all"], bar)
+        encoded = prefetched(partial(encode, encoding, skipped), read(state["position"]), args.workers)
+        encoded = counted(encoded, sizes["all"], bar)
         if sizes["val"] is None and not state["shards"]:
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
             sizes["val"] = found // 10
@@ -231,23 +215,24 @@ def fill(args, source, encoding, state, skipped):
 def prepare(args):
     """Write the shards and the meta.json that the command line asks for."""
     out, skipped = args.out, Skipped()
-    source = open_source(args.source, args.subset, args.documents, skipped, args.text_key)
+    source, fingerprint, read = open_source(args.source, args.subset, args.documents, args.text_key, skipped)
     encoding = get_tokenizer(args.tokenizer)
     settings = {key: getattr(args, key) for key in ("tokenizer", "tokens", "val_tokens", "shard_tokens")}
-    settings["source"] = source.name
-    examine(out, settings, source.fingerprint)  # once without the lock, so that a folder that is refused gets none
+    settings["source"] = source
+    examine(out, settings, fingerprint)  # once without the lock, so that a folder that is refused gets none
     with lock_folder(out):
-        state, note = examine(out, settings, source.fingerprint)
-        if note:
-            print(out, note)
+        state = examine(out, settings, fingerprint)
         if state is None:
             (out / "meta.json.part").unlink(missing_ok=True)
+            print(f"{out} is already complete; delete it to read the source again")
             return
-        check_room(out, most_tokens(args, source) - written(state), token_dtype(encoding.n_vocab))
+        if state["shards"]:
+            print(f"{out} has {state['shards']} shards with {written(state):,} tokens: continuing from there")
+        check_room(out, (args.tokens or 0) - written(state), token_dtype(encoding.n_vocab))
         write_json(out / "meta.json.part", state)
         discard(out, keep=state["shards"])
         try:
-            fill(args, source, encoding, state, skipped)
+            fill(args, read, encoding, state, skipped)
         except MemoryError:
             raise UserError(f"a text in {args.source} does not fit in memory: split it into several") from None
         skipped.report()
@@ -255,17 +240,14 @@ def prepare(args):
         if min(counts["tokens"] for counts in splits.values()) < 2:
             discard(out)
             (out / "meta.json.part").unlink()
-            raise UserError(
-                f"{source.name} is too short: it has {written(state)} tokens, not enough for a validation split "
-                f"(--val_tokens) and a training split"
-            )
-        about = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "splits": splits, "source": source.name}
+            raise UserError(f"{source} is too short: {written(state)} tokens, where both splits need 2 (--val_tokens)")
+        about = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "splits": splits, "source": source}
         write_json(out / "meta.json", about | {"settings": settings})
         (out / "meta.json.part").unlink()
         for split, counts in splits.items():
-            print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items()))
+            print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items() if number))
         if not splits["train"]["documents"]:
-            print("note: one document fills both splits; --documents=paragraphs cuts a .txt at its blank lines")
+            print("note: one document fills both splits; --documents=paragraphs cuts a .txt into many")
         print(f"written to {out}")
 
 

@@ -37,9 +37,9 @@ SMALLER_IDS = "raise vocab_size, or prepare the data with a smaller tokenizer"
 # Shards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """One file of `tokens` tokens."""
+    """One file of `tokens` tokens. Two Shards are never equal: a new file may have taken the name of an old one."""
 
     path: Path
     dtype: np.dtype
@@ -50,7 +50,7 @@ class Shard:
         size = self.dtype.itemsize
         if not hasattr(os, "pread"):  # Windows
             return np.fromfile(self.path, self.dtype, count, offset=HEADER_BYTES + start * size).astype(np.int64)
-        file = opened(self.path)
+        file = opened(self)
         # One call reads from a place, so that threads can share a file. (A memory map would end the process if the file
         # were cut off.)
         data = os.pread(file.fileno(), count * size, HEADER_BYTES + start * size)
@@ -58,9 +58,9 @@ class Shard:
 
 
 @functools.lru_cache(256)  # below the 1024 files that a process may usually open
-def opened(path):
-    """A file, open for reading, the same for each call."""
-    return open(path, "rb", buffering=0)
+def opened(shard):
+    """The file of a Shard, open for reading, the same for each call."""
+    return open(shard.path, "rb", buffering=0)
 
 
 def token_dtype(vocab_size):
@@ -92,13 +92,11 @@ def open_shard(path):
 def find_shards(folder, split):
     """The Shards of a split ("train" or "val") in a folder, sorted by name. UserError if there are none, or a damaged
     one."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no data folder {folder}: make it with prepare_data.py (the config has the command)")
     named = re.compile(rf".*_{split}(_\d+)?\.bin")
-    paths = sorted(path for path in folder.iterdir() if named.fullmatch(path.name) and path.is_file())
+    paths = sorted(path for path in Path(folder).glob("*.bin") if named.fullmatch(path.name) and path.is_file())
     if not paths:
-        raise UserError(f"{folder} has no {split} shards (NAME_{split}_000001.bin): make them with prepare_data.py")
+        missing = f"there is no data folder {folder}, or it has no {split} shards"
+        raise UserError(f"{missing}: make them with prepare_data.py (the config has the command)")
     return [open_shard(path) for path in paths]
 
 
@@ -112,10 +110,8 @@ def content_hash(shards):
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(f"{shard.dtype.str} {shard.tokens} ".encode())
-        with open(shard.path, "rb") as file:
-            for start in np.linspace(0, max(0, shard.tokens - SAMPLE_TOKENS), SAMPLES).astype(int):
-                file.seek(HEADER_BYTES + int(start) * shard.dtype.itemsize)
-                digest.update(file.read(SAMPLE_TOKENS * shard.dtype.itemsize))
+        for start in np.linspace(0, max(0, shard.tokens - SAMPLE_TOKENS), SAMPLES).astype(int):
+            digest.update(shard.read(int(start), SAMPLE_TOKENS).astype(shard.dtype).tobytes())
     return digest.hexdigest()
 
 
@@ -125,19 +121,16 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        str(meta["tokenizer"])
         numbers = [meta["vocab_size"], *(meta["splits"][s][n] for s in ("train", "val") for n in ("tokens", "bytes"))]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"counts {numbers}")
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        if not whole or type(meta["tokenizer"]) is not str:
+            raise ValueError("tokenizer must be a name; vocab_size, tokens and bytes whole numbers below 2**63")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is malformed ({error!r}): prepare the data again, or delete it") from None
     for split in ("train", "val"):
-        shards = find_shards(folder, split)
-        if any(shard.dtype != token_dtype(meta["vocab_size"]) for shard in shards):
-            raise UserError(f"{path} does not name the tokenizer that made the {split} shards: prepare the data again")
-        stated, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in shards)
+        stated, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in find_shards(folder, split))
         if stated != held:
             raise UserError(f"{path} says {stated} {split} tokens, but the shards hold {held}: prepare the data again")
     return meta
@@ -169,6 +162,7 @@ ORDER_VERSION = 1
 
 def shuffled(index, n, seed, epoch):
     """Where a random permutation of 0 … n − 1, fixed by (seed, epoch), takes each number in `index`: int64, as long.
+    `epoch` is one for all numbers, or one for each.
 
     A stored permutation would need memory for n numbers. Instead, a Feistel network permutes all numbers of an even
     number of bits, by hashing one half of the bits into the other; a number that lands at n or above goes through it
@@ -176,14 +170,14 @@ def shuffled(index, n, seed, epoch):
     """
     half = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
     mask = np.uint64((1 << int(half)) - 1)
-    key = mix(mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
-    keys = [mix(key + np.uint64(k)) for k in range(1, 7)]
     index = np.array(index, np.uint64)
+    key = mix(mix(np.full(len(index), seed % 2**64, np.uint64)) + np.asarray(epoch, np.uint64))
+    keys = [mix(key + np.uint64(k)) for k in range(1, 7)]
     pending = np.ones(len(index), bool)
     while pending.any():
         left, right = index[pending] >> half, index[pending] & mask
         for key in keys:
-            left, right = right, left ^ (mix(right + key) & mask)
+            left, right = right, left ^ (mix(right + key[pending]) & mask)
         index[pending] = left << half | right
         pending = index >= n
     return index.astype(np.int64)
@@ -233,11 +227,7 @@ class Corpus:
         """
         first, end = step * size + rank * size // world, step * size + (rank + 1) * size // world
         epochs, places = np.divmod(np.arange(first, end), self.n_sequences)
-        numbers = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            numbers[rows] = shuffled(places[rows], self.n_sequences, seed, int(epoch))
-        return np.stack([self.sequence(number) for number in numbers])
+        return np.stack([self.sequence(number) for number in shuffled(places, self.n_sequences, seed, epochs)])
 
 
 def prefetched(function, items, workers=1):
@@ -274,22 +264,31 @@ def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
         yield inputs, targets
 
 
+def say_unused(corpus, say):
+    """Name the training tokens that are in no sequence, if they are at least 1 % of all."""
+    sequences = np.diff(corpus.ends, prepend=0)  # of each shard
+    tokens = sum(shard.tokens for shard in corpus.shards)
+    unused = tokens - int((sequences * corpus.seq_len + (sequences > 0)).sum())  # the last target is one token more
+    if unused >= tokens / 100:
+        what = f"{unused:,} of {tokens:,} training tokens and {sum(sequences == 0)} of {len(sequences)} shards"
+        say(f"note: {what} are not used, since they fill no sequence of seq_len={corpus.seq_len}")
+
+
 def open_data(config, say):
     """Open the data of a Config: (training Corpus, validation Corpus, meta or None, facts). `facts` are what must stay
     the same from the beginning of a run to its end; the folder's path is not, so that a run can resume after its data
     have moved. say(text) shows the user a note. UserError if the data do not fit the config."""
     meta = read_meta(config.data)
     if meta and meta["vocab_size"] > config.vocab_size:
-        raise UserError(
-            f"{config.data} was tokenized with {meta['tokenizer']} ({meta['vocab_size']} ids), more than "
-            f"vocab_size={config.vocab_size}: {SMALLER_IDS}"
-        )
+        made_with = f"{config.data} was tokenized with {meta['tokenizer']} ({meta['vocab_size']} ids)"
+        raise UserError(f"{made_with}, more than vocab_size={config.vocab_size}: {SMALLER_IDS}")
     corpus = Corpus(config.data, "train", config.seq_len, config.vocab_size)
     validation = Corpus(config.data, "val", config.seq_len, config.vocab_size)
     if corpus.n_sequences < 1:
         raise UserError(f"{config.data} is too short for one sequence of {config.seq_len} tokens: lower seq_len")
     if max(shard.tokens for shard in validation.shards) < 2:
         raise UserError(f"{config.data} has no validation tokens to predict: prepare it with a larger --val_tokens")
+    say_unused(corpus, say)
     if meta is None:
         say(f"note: {config.data} has no meta.json, so bits per byte are not known")
     elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":

@@ -2,7 +2,6 @@
 PIECE characters together, and where it begins. The position is a value that JSON can hold; given back to the source,
 it yields the same batches from there."""
 
-import codecs
 import glob
 import hashlib
 import io
@@ -13,9 +12,8 @@ import re
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from plumbing.command import UserError
@@ -56,48 +54,43 @@ class Skipped(dict):
 
 
 def read_txt(file, path, skipped, key):
-    """The file as one document. It is UTF-8, or UTF-16 if it begins with the mark of that."""
+    """Yield (text of the file, path). It is UTF-8, or UTF-16 if it begins with the mark of that."""
     content = file.read()
-    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        yield content.decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError:
         skipped.note("U+FFFD replaces bytes that are not UTF-8 in texts", path)
-        yield content.decode(encoding, "replace")
+        text = content.decode(encoding, "replace")
+    if text.count("\0") > len(text) / 100:  # as in UTF-16, whose spaces and line ends have one each in any language
+        skipped.note("skipped texts with many NULs (UTF-16 without its mark? save them as UTF-8)", path)
+    else:
+        yield text, path
 
 
 def read_jsonl(file, path, skipped, key):
-    """One document per line: {key: text, …}."""
+    """Yield (the `key` of an object, or None; where) for each line."""
     for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[key]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if isinstance(text, str):
-            yield text
-        else:
-            skipped.note(f'skipped lines that are not a JSON object with a "{key}"', f"{path}:{number}")
+        if line.strip():
+            try:
+                text = json.loads(line)[key]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            yield text, f"{path}:{number}"
 
 
 def read_parquet(file, path, skipped, key):
-    """One document per row of the column `key`."""
+    """Yield (what is in the column `key`, or None; path) for each row."""
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # otherwise all is read before the first text
-    if key not in table.schema_arrow.names:
-        skipped.note(f'skipped parquet files without a column "{key}"', path)
-        return
     for batch in table.iter_batches(batch_size=1024, columns=[key]):
-        for text in batch.column(0).to_pylist():
-            if isinstance(text, str):
-                yield text
-            else:
-                skipped.note("skipped parquet rows without a text", path)
+        for row in batch.to_pylist():
+            yield row.get(key), path
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+SUFFIXES = ".txt, .jsonl (.gz or .zst may follow) or .parquet"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # of .txt and .jsonl; .parquet has its own, and is not read in order
 DELIMITER = "<|endoftext|>"
 # What separates the documents in a text, by the value of --documents. A paragraph ends at blank lines, unless an
@@ -115,63 +108,56 @@ def parts(text, separator):
 
 def kind(path):
     """The suffix that READERS knows, in small letters, whatever compression follows; None for any other file."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
-    suffix = suffixes[-1 - compressed] if len(suffixes) > compressed else None
-    return suffix if suffix in READERS and not (compressed and suffix == ".parquet") else None
+    found = re.search(r"(\.txt|\.jsonl)(\.gz|\.zst)?$|\.parquet$", str(path).lower())
+    return found and (found[1] or found[0])
 
 
-def read_files(files, separator, skipped, key):
-    """Yield (document, bytes of the files that were read for it) of files, given as (path, size in bytes); with a
-    separator, the parts of each text. If a file cannot be read to its end, the rest of it is skipped."""
-    import pyarrow
-
-    before, start = 0, 0  # in bytes of all files: what the documents so far account for, and where a file begins
-    for path, size in files:
+def read_files(files, documents, key, skipped):
+    """Yield the documents of files. A text is cut at what SEPARATORS has for `documents`, or left whole for None. If a
+    file cannot be read to its end, the rest of it is skipped."""
+    for path in files:
+        used = False
         try:
-            with open(path, "rb") as stored:
-                file = stored
+            with open(path, "rb") as file:
                 if compression := COMPRESSIONS.get(Path(path).suffix.lower()):
-                    file = io.BufferedReader(pyarrow.CompressedInputStream(stored, compression))
-                for text in READERS[kind(path)](file, path, skipped, key):
-                    if DELIMITER in text and separator != SEPARATORS["endoftext"]:
-                        skipped.note(
-                            f"texts with {DELIMITER} as ordinary text (--documents=endoftext cuts there)", path
-                        )
-                    documents = parts(text, separator) if separator else [text]
-                    here = start + stored.tell()
-                    for document in documents:
-                        yield document, (here - before) / len(documents)
-                    before = here
+                    import pyarrow
+
+                    file = io.BufferedReader(pyarrow.CompressedInputStream(file, compression))
+                for text, place in READERS[kind(path)](file, path, skipped, key):
+                    if not isinstance(text, str):
+                        skipped.note(f'skipped lines or rows without a text in "{key}"', place)
+                        continue
+                    used = True
+                    if DELIMITER in text and documents != "endoftext":
+                        skipped.note(f"texts with {DELIMITER} as plain text (--documents=endoftext cuts there)", path)
+                    yield from parts(text, SEPARATORS[documents]) if documents else [text]
         except (OSError, EOFError, ValueError) as error:
-            skipped.note(f"files read only up to an error ({type(error).__name__})", path)
-        start += size
+            how = "files used only up to an error" if used else "files not used because of an error"
+            skipped.note(f"{how} ({type(error).__name__})", path)
 
 
 def find_files(source, skipped):
-    """The text files that a file, a folder or a glob names. Their order is that of a hash of their names, so that the
-    first million tokens are a fair validation split. UserError if there are none."""
+    """The text files that a file, a folder or a glob names, each once, however many links lead to it. Their order is
+    that of a hash of their names, so that the first million tokens are a fair validation split. UserError if there are
+    none."""
     if source and Path(source).is_dir():
         found, folder = list(walk(source, skipped)), source
     else:
         found, folder = [source] if Path(source).is_file() else glob.glob(source, recursive=True), None
-    found = [path for path in found if os.path.isfile(path)]
-    for path in found:
-        if not kind(path):
-            skipped.note(f"files not read, which do not end in {', '.join(READERS)}", path)
-    files = [path for path in found if kind(path)]
+    files = {}
+    for path in sorted(found):
+        if kind(path) and os.path.isfile(path):
+            files[os.path.realpath(path)] = path
+        elif not os.path.isdir(path):
+            skipped.note(f"files not read, which are gone or do not end in {SUFFIXES}", path)
     if not files:
-        there = "no file that ends in" if found else "no text: give stdlib, fineweb-edu, or"
-        raise UserError(
-            f"at {source!r} there is {there} {', '.join(READERS)} "
-            f"({' or '.join(COMPRESSIONS)} may follow the first two)"
-        )
+        raise UserError(f"no file at {source!r} ends in {SUFFIXES}; other sources are stdlib and fineweb-edu")
 
     def order(path):
         name = os.path.relpath(path, folder) if folder else os.path.basename(path)
         return hashlib.sha256(os.fsencode(name)).digest(), path
 
-    return sorted(files, key=order)
+    return sorted(files.values(), key=order)
 
 
 def walk(folder, skipped):
@@ -184,14 +170,8 @@ def walk(folder, skipped):
         real = os.path.realpath(parent)
         folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
         if real not in seen:
-            yield from (os.path.join(parent, name) for name in sorted(names) if name[0] != ".")
+            yield from (os.path.join(parent, name) for name in names if name[0] != ".")
         seen.add(real)
-
-
-def read_stdlib(files):
-    """Yield (document, its bytes) of files, given as (path, size in bytes), each a document as a whole."""
-    for path, size in files:
-        yield path.read_text("utf-8", "replace"), size
 
 
 def stdlib_files():
@@ -235,10 +215,8 @@ def read_fineweb_edu(subset, position):
         except Exception as error:
             if is_final(error) or failures == len(PATIENCE):
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                alternative = "start again to continue, or give your own texts or stdlib instead"
-                raise UserError(
-                    f"FineWeb-Edu ({subset}) could not be read from Hugging Face ({reason}): {alternative}"
-                ) from None
+                failure = f"FineWeb-Edu ({subset}) could not be read from Hugging Face ({reason})"
+                raise UserError(f"{failure}: start again to continue, or give your own texts or stdlib") from None
             print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
             time.sleep(PATIENCE[failures])
             failures += 1
@@ -258,52 +236,33 @@ def is_final(error):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Source:
-    """read(position, or None for the beginning) yields (position, documents). `name` is for meta.json. `fingerprint`
-    changes when files on this machine do. `size` is their bytes, and share(position) says which share of them has been
-    read at the end of a batch; both are None for a source that is elsewhere."""
-
-    name: str
-    read: Callable
-    fingerprint: str = ""
-    size: int | None = None
-    share: Callable | None = None
-
-
-def open_source(name, subset, documents, skipped, key="text"):
-    """The Source that a command line names. Its texts are cut into `documents`, a key of SEPARATORS, or left whole for
-    None; in .jsonl and .parquet they are the values of `key`. What cannot be used is noted in `skipped`. UserError if
-    there is no such source, or nothing in it to cut."""
-    refusal = UserError(f"--documents cuts only .txt files, and {name} has others: leave it out")
+def open_source(name, subset, documents, key, skipped):
+    """What a command line names, as (name for meta.json, fingerprint, read). read(position, or None for the beginning)
+    yields (position, documents). The fingerprint changes when files on this machine do. What cannot be used is noted in
+    `skipped`. UserError if there is no such source, or an option is of no use for it."""
     if name == "fineweb-edu":
-        if documents:
-            raise refusal
-        return Source(f"{FINEWEB_EDU} {subset}", partial(read_fineweb_edu, subset))
-    if name == "stdlib":
-        files, read_texts = stdlib_files(), read_stdlib
-        name = f"stdlib of Python {platform.python_version()}"
+        files = []
     else:
-        files = find_files(name, skipped)
-        read_texts = partial(read_files, separator=SEPARATORS.get(documents), skipped=skipped, key=key)
-        name += (f" cut into {documents}" if documents else "") + (f" of {key}" if key != "text" else "")
-    if documents and any(READERS.get(kind(path)) is not read_txt for path in files):
-        raise refusal
+        files = stdlib_files() if name == "stdlib" else find_files(name, skipped)
+    kinds = {kind(path) for path in files}
+    if subset and name != "fineweb-edu":
+        raise UserError("--subset is of fineweb-edu: leave it out")
+    if documents and kinds != {".txt"}:
+        raise UserError(f"--documents cuts only .txt files, and {name} has others: leave it out")
+    if key and not kinds & {".jsonl", ".parquet"}:
+        raise UserError(f"--text_key is for .jsonl and .parquet, and {name} has none: leave it out")
 
+    if name == "fineweb-edu":
+        subset = subset or "sample-10BT"
+        return f"{FINEWEB_EDU} {subset}", "", partial(read_fineweb_edu, subset)
+    if name == "stdlib":
+        name = f"stdlib of Python {platform.python_version()}"
+        texts = (path.read_text("utf-8", "replace") for path in files)
+    else:
+        texts = read_files(files, documents, key or "text", skipped)
+        name += (f" cut into {documents}" if documents else "") + (f" of {key}" if key else "")
     facts = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
     fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
-    sizes = [size for _, size, _ in facts]
-    texts, ends = read_texts(zip(files, sizes)), [0]  # the bytes that are read at the end of each batch
 
-    def counted_texts():
-        for text, its_bytes in texts:
-            ends[-1] += its_bytes
-            yield text
-
-    def read(position):  # which is the number of batches before it
-        for number, batch in enumerate(batches(counted_texts())):
-            ends.append(ends[-1])
-            if number >= (position or 0):
-                yield number, batch
-
-    return Source(name, read, fingerprint, sum(sizes), lambda position: ends[position] / max(1, sum(sizes)))
+    # a position is the number of batches before it
+    return name, fingerprint, lambda position: islice(enumerate(batches(texts)), position or 0, None)

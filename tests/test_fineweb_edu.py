@@ -1,28 +1,16 @@
 """prepare_data.py fineweb-edu: the real client of Hugging Face, against a local server."""
 
-import os
+import multiprocessing
 import random
-import sys
+import shutil
 import time
-from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
 
-from hub import SHA, Hub, write_dataset
+from hub import SHA, Hub, prepare_quickly, write_dataset
 from plumbing.data import find_shards, read_meta
-from runs import ROOT
 
-# The same program with small batches, and with short waits instead of those that a real network needs
-QUICK = """
-import sys, time
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 0.01))
-import prepare_data
-from plumbing import sources
-sources.PIECE = 5_000
-sys.exit(prepare_data.main(sys.argv[1:]))
-"""
 RNG = random.Random(0)
 DOCUMENTS = [f"document {k}: " + "hello wörld 🙂 " * RNG.randint(0, 60) for k in range(900)]
 SIZES = ["--tokenizer=bytes", "--tokens=350000", "--val_tokens=10000", "--shard_tokens=40000"]
@@ -31,31 +19,42 @@ FIRST, SECOND, THIRD = (f"GET .*/sample/10BT/00{n}_00000.parquet" for n in range
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
+    """The server, and in its `fork` what starts processes: forks of one that has imported the client, which takes
+    seconds, and knows the server's address."""
     folder = tmp_path_factory.mktemp("hub") / "repository"
     write_dataset(folder, DOCUMENTS)
     server = Hub(folder)
-    yield server
+    server.fork, server.home = multiprocessing.get_context("forkserver"), folder.parent / "home"
+    server.fork.set_forkserver_preload(["datasets", "torch"])  # which datasets imports later
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (server.environment | {"HF_HOME": str(server.home)}).items():
+            patch.setenv(name, value)
+        yield server
     server.shutdown()
 
 
 @pytest.fixture
 def hub(server):
-    """The server in good health."""
+    """The server in good health, and a client that has nothing in its cache."""
     server.faults, server.requests = [], []
+    shutil.rmtree(server.home, ignore_errors=True)
     return server
 
 
-def start(hub, out, *options, **environment):
-    environment = os.environ | hub.environment | {"HF_HOME": str(out.parent / "home")} | environment
-    command = [sys.executable, "-c", QUICK, "fineweb-edu", f"--out={out}", *SIZES, *options]
-    return Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True)
+def start(hub, out, *options, **constants):
+    arguments = ["fineweb-edu", f"--out={out}", *SIZES, *options]
+    process = hub.fork.Process(target=prepare_quickly, args=(arguments, out.with_name("log"), constants))
+    process.start()
+    return process
 
 
-def prepare(hub, out, *options, status=0, **environment):
-    process = start(hub, out, *options, **environment)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == status and "Traceback" not in stderr, stderr
-    return stdout, stderr
+def prepare(hub, out, *options, status=0, **constants):
+    """What is printed."""
+    process = start(hub, out, *options, **constants)
+    process.join(120)
+    printed = out.with_name("log").read_text()
+    assert process.exitcode == status and "Traceback" not in printed, printed
+    return printed
 
 
 def files(out):
@@ -94,10 +93,9 @@ TROUBLE = {
     "429": [("GET /api", 429, 2), (SECOND, 429, 2)],
     "503 for the description": [("README.md", 503, 8)],  # which the client reports as a missing file
 }
-SLOW = ("503", "429")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TROUBLE])
+@pytest.mark.parametrize("name", TROUBLE)
 def test_trouble_that_heals(hub, whole, tmp_path, name):
     hub.faults = list(TROUBLE[name])
     prepare(hub, tmp_path / "out")
@@ -109,14 +107,13 @@ def test_trouble_that_stays_and_a_second_start(hub, whole, tmp_path):
     """One line, and complete shards stay; the second start requests only what it still needs."""
     out = tmp_path / "out"
     hub.faults = [(THIRD, 503, 10**6)]
-    _, stderr = prepare(hub, out, status=2)
-    assert stderr.count("error: ") == 1 and "FineWeb-Edu (sample-10BT) could not be read" in stderr
+    printed = prepare(hub, out, status=2)
+    assert printed.count("error: ") == 1 and "FineWeb-Edu (sample-10BT) could not be read" in printed
     written = {name: content for name, content in files(out).items() if name.endswith(".bin")}
     assert len(written) >= 7 and all(whole[name] == content for name, content in written.items())
 
     hub.faults, hub.requests = [], []
-    stdout, _ = prepare(hub, out)
-    assert f"has {len(written)} shards" in stdout and files(out) == whole
+    assert f"has {len(written)} shards" in prepare(hub, out) and files(out) == whole
     # the client looks at the first file's columns; for its rows it would ask a second time
     assert sum("GET" in request and "000_00000" in request for request in hub.requests) == 1
 
@@ -126,25 +123,24 @@ def test_killed_at_random_moments(hub, whole, tmp_path, kills):
     out, rng = tmp_path / "out", random.Random(kills)
     for kill in range(kills):
         process = start(hub, out)
-        while process.poll() is None and not (out / f"out_train_{2 * kill + 1:06d}.bin").exists():
+        while process.is_alive() and not (out / f"out_train_{2 * kill + 1:06d}.bin").exists():
             time.sleep(0.001)
         time.sleep(rng.random() * 0.02)
         process.kill()
-        process.communicate()
+        process.join()
     prepare(hub, out)
     assert files(out) == whole
 
 
 def test_what_is_not_there(hub, tmp_path):
-    for options, faults, environment, message in [
+    for options, faults, constants, message in [
         (["--subset=sample-10bt"], [], {}, "BuilderConfig 'sample-10bt' not found"),
         ([], [("/api/datasets", 404, 9)], {}, "404 Not Found"),
         ([], [("/api/datasets", 401, 9)], {}, "401"),
-        ([], [], {"HF_HUB_OFFLINE": "1"}, "could not be read from Hugging Face"),
-        ([], [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be read from Hugging Face"),
+        ([], [], {"HF_HUB_OFFLINE": True}, "could not be read from Hugging Face"),
+        ([], [], {"ENDPOINT": "http://127.0.0.1:9"}, "start again to continue, or give your own texts or stdlib"),
     ]:
         hub.faults = list(faults)
-        _, stderr = prepare(hub, tmp_path / "out", *options, status=2, **environment)
-        line = stderr.splitlines()[-1]
-        assert line.startswith("error: ") and message in line, stderr
+        line = prepare(hub, tmp_path / "out", *options, status=2, **constants).splitlines()[-1]
+        assert line.startswith("error: ") and message in line, line
         assert not list((tmp_path / "out").glob("*.bin"))

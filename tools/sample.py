@@ -94,7 +94,7 @@ def own_encoding(name, config):
 def own_tokenizer(encoding):
     """The tokenizer of a tiktoken.Encoding."""
     # A padded vocabulary has ids that stand for no text.
-    text_of = {encoding.encode_single_token(text): text for text in encoding.token_byte_values()}
+    text_of = {rank: text for text, rank in encoding._mergeable_ranks.items()}
 
     def encode(text):
         return [encoding.eot_token, *encoding.encode_ordinary(text)]
