@@ -1,6 +1,5 @@
 """tools/bench.py: what it counts is right, and every figure is there. No speed is asserted."""
 
-import json
 import os
 import subprocess
 import sys
@@ -17,28 +16,24 @@ from train import Config
 MODEL = "--dim=32 --n_layers=2 --n_heads=2 --n_kv_heads=2 --ffn_dim=48 --vocab_size=64 --seq_len=32".split()
 
 
-def run(tmp_path, *argv):
-    """The figures of a bench that must succeed."""
-    path = tmp_path / "deep" / "figures.json"
+def run(capsys, *argv):
+    """{name of a row: its cells} of what a bench prints that must succeed."""
     with settings_restored():
-        assert bench.main([*argv, f"--json={path}"]) == 0
-    return json.loads(path.read_text())
+        assert bench.main([*argv]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:31].strip(): line[31:].replace(",", "").split() for line in lines}
 
 
-def test_plan_of_the_paper(tmp_path, capsys):
-    plan = run(tmp_path, "plan", "configs/xielu_1b.py", "--gpus=8", "--mfu=0.4")
-    memory = plan["memory_bytes"]
-    assert plan["parameters"] == 1_132_537_392
-    assert memory["weights (float32)"] == 4 * 1_132_537_392
-    assert memory["optimizer (float32 moments)"] == 8 * 1_132_537_392
+def test_plan_of_the_paper(capsys, monkeypatch):
+    plan = run(capsys, "plan", "--gpus=8", "--mfu=0.4")
+    assert plan["weights (float32)"] == plan["gradients (float32)"] == ["4.22"]  # 4 bytes × 1,132,537,392
+    assert plan["optimizer (float32 moments)"] == ["8.44"]
+    parts = [float(row[0]) for row in list(plan.values())[-7:-2]]  # the five above "in all" and the hours
+    assert float(plan["in all"][0]) == pytest.approx(sum(parts), abs=0.03) and sum(parts) * 2**30 < 80e9
     # 70000 steps of 1,802,240 tokens at 8.6 GFLOP on 8 × 40 % of 989 TFLOP/s
-    assert plan["hours"] == pytest.approx(70000 * 1802240 * plan["flops_per_token"] / (8 * 0.4 * 989e12) / 3600)
-    assert plan["hours"] == pytest.approx(95, abs=1)
-    assert sum(memory.values()) < 80e9
-    in_all = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("in all"))
-    assert float(in_all.split()[-1]) == pytest.approx(sum(memory.values()) / 2**30, abs=0.01)
-    more = run(tmp_path, "plan", "configs/xielu_1b.py", "--gpus=88", "--mfu=0.4")
-    assert more["hours"] == pytest.approx(plan["hours"] / 11)
+    assert "95.3 hours at 40% of 8 × 989 TF" in plan
+    monkeypatch.setattr(bench, "kept_by_layer", lambda *_: 0)  # takes seconds
+    assert "8.7 hours at 40% of 88 × 989 TF" in run(capsys, "plan", "--gpus=88", "--mfu=0.4")
 
 
 def test_a_config_that_imports_another_where_a_package_is_called_configs(tmp_path):
@@ -112,50 +107,42 @@ def test_bytes_kept_counts_each_memory_once():
     assert kept == 2 * 64 * 4  # x once, and exp(x)
 
 
-def check_kept(rows, itemsize):
-    """fused keeps its input alone, and so does relu²; inverted its output and a bit; the reference more."""
-    kept = {name: row["bytes_kept_per_element"] for name, row in rows.items()}
-    assert kept["xielu fused"] == pytest.approx(itemsize, abs=0.01)
-    assert kept["relu2, compiled"] == pytest.approx(itemsize, abs=0.01)
-    assert kept["xielu inverted"] == pytest.approx(itemsize + 1 / 8, abs=0.01)
-    assert kept["xielu reference, eager"] > 4 * itemsize
+def test_kernel(capsys):
+    """Each activation has its times, and what it keeps in bfloat16: fused its input alone, as relu² does; inverted its
+    output and a bit; the reference more, unless it is compiled."""
+    sizes = ["--ffn_dim=9216", "--micro_batch_size=1", "--seq_len=8"]
+    rows = run(capsys, "kernel", *sizes, "--device=cpu", "--seconds=0")
+    kept = {name: float(rows[name][-1]) for name in bench.ALONE}
+    assert all(float(rows[name][0]) > 0 for name in bench.ALONE) and rows["relu2 compiled"][4] == "1.00"
+    assert kept.pop("xielu_reference") > 4 * 2
+    assert kept.pop("xielu_inverted") == pytest.approx(2 + 1 / 8, abs=0.01)
+    assert all(size == pytest.approx(2, abs=0.01) for size in kept.values())
 
 
-def test_kernel(tmp_path, capsys):
-    with torch.compiler.set_stance("force_eager"):  # compiling all of it takes most of a minute
-        result = run(tmp_path, "kernel", *MODEL, "--device=cpu", "--tokens=80", "--rounds=1")
-    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
-        figures = result["dtypes"][dtype]
-        assert set(figures["activations"]) == set(bench.CANDIDATES)
-        assert all(row["forward_ms"] > 0 for row in figures["activations"].values())
-        assert figures["activations"]["relu2, compiled"]["both_over_relu2"] == 1
-        check_kept(figures["activations"], itemsize)
-        layers = figures["layers"]
-        assert list(layers) == ["xielu", "relu2", "swiglu"] and layers["relu2"]["over_relu2_ms"] == 0
-        for row in layers.values():
-            assert row["forward_ms"] > 0
-            # 20 tokens, a quarter; what is not a whole sequence of them does not count
-            moved = row["over_relu2_ms"] / 1e3 * figures["copy_gb_per_s"] * 1e9
-            assert row["over_relu2_bytes_per_element"] == pytest.approx(moved / (20 * 48))
-    assert result["about"]["torch"] == str(torch.__version__) and result["width"] == 48
-    assert "bfloat16, inside a layer, 20 × 32" in capsys.readouterr().out
+def test_step(monkeypatch, capsys):
+    """A micro-batch of 64 tokens that takes 2 s, and an update of 1 s: eight of them, and one update, are a step."""
+    times = {"micro-batch": 2.0, "update": 1.0, "matmul": 1e-6}
 
+    def medians(jobs, *_):
+        for job in jobs.values():
+            job()
+        return {name: times[name] for name in jobs}
 
-def test_compiled_activations():
-    rows = bench.measure_activations(torch.device("cpu"), torch.bfloat16, 8, 9216, rounds=1)["activations"]
-    check_kept(rows, itemsize=2)
-    assert rows["xielu reference, compiled"]["bytes_kept_per_element"] == pytest.approx(2, abs=0.01)
-
-
-def test_layers_are_compiled(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(Llama, "compile_parts", lambda model: compiled.append(model.config.activation))
-    bench.measure_layers(torch.device("cpu"), torch.float32, 8, layer_config("relu2"), rounds=1, bytes_per_s=1e9)
-    assert compiled == ["xielu", "relu2", "swiglu"]
+    monkeypatch.setattr(bench, "medians", medians)
+    keys = [*MODEL, "--micro_batch_size=2", "--tokens_per_step=512", "--device=cpu", "--compile=False"]
+    rows = run(capsys, "step", *keys)
+    assert rows["micro-batch, ms"] == ["2000.00"] and rows["update, ms"] == ["1000.00"]
+    assert rows["tokens per second"] == ["32.00"] and rows["tokens/s, 8 per update"] == [f"{512 / 17:.2f}"]
+    rate = 2 * 64 * 32 * 48 / 1e-6
+    flops = Llama(Config(**Config.typed(dict(key[2:].split("=") for key in keys), "here"))).flops_per_token() * 64 / 2
+    assert rows["matmul rate, TFLOP/s"] == [f"{rate / 1e12:.2f}"]
+    assert rows["share of the matmul rate, %"] == [f"{100 * flops / rate:.2f}"]
+    assert rows["MFU, %"] == rows["peak memory, GiB"] == ["-"]  # on a CPU
+    assert any(name.startswith("Self CPU time total") for name in rows)  # the profile
 
 
 def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
-    """Between two events are many calls, and before the first one, the call that keeps the device busy."""
+    """Calls are queued between two events."""
     called, marks = [], []
 
     class Event:
@@ -164,32 +151,71 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
 
         def record(self):
             self.calls = len(called)
-            marks.append(self.calls)
 
         def synchronize(self):
-            marks.append("synchronized")
+            marks.append(len(called))
 
         def elapsed_time(self, end):
             return 0.5 * (end.calls - self.calls)  # ms
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    took = bench.device_seconds(lambda: called.append(1), torch.device("cuda"), once=0.001)
-    assert took == pytest.approx(0.0005) and marks == [1, 21, "synchronized"]
-    assert bench.device_seconds(lambda: called.append(1), torch.device("cuda"), once=10) > 0 and len(called) == 21 + 4
+    took = bench.seconds_per_call(lambda: called.append(1), 20, torch.device("cuda"))
+    assert took == pytest.approx(0.0005) and marks == [20]
+
+
+GPU_PARTS = ["large-xielu", "large-relu2", "large-swiglu", "kernel", "layer-xielu", "layer-relu2", "layer-swiglu"]
+GPU_PARTS += ["small-xielu", "small-relu2", "small-swiglu", "small-deterministic"]
+GPU_PARTS += ["train-xielu", "train-relu2", "train-swiglu"]
+
+
+def test_gpu_script(tmp_path):
+    """The script with a python that only notes how it is called, and fails once: every part has a command that exists,
+    and what has failed is all that runs again."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f"""#!/bin/sh
+[ "$1" = - ] || echo "$@" >> {tmp_path}/calls
+case "$*" in *kernel*) [ -e {tmp_path}/failed ] || {{ touch {tmp_path}/failed; exit 3; }} ;; esac
+""")
+    python.chmod(0o755)
+
+    def script(*keys, status, **environment):
+        environment = (
+            os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "OUT": f"{tmp_path}/out"} | environment
+        )
+        (tmp_path / "calls").write_text("")
+        command = ["bash", str(ROOT / "tools/gpu.sh"), *keys]
+        result = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == status, result.stdout + result.stderr
+        return [line.split() for line in (tmp_path / "calls").read_text().splitlines()], result.stdout
+
+    calls, text = script(status=1, LIMIT="19")
+    assert not calls and all(f"no time left for {name}" in text for name in GPU_PARTS[:-3])
+    calls, text = script("--lr=1e-4", status=1)
+    assert "kernel: exit status 3" in text and {path.stem for path in tmp_path.glob("out/*.txt")} >= set(GPU_PARTS)
+    for program, *words in calls:
+        if program == "train.py":
+            values, options = Config.read_command(words)
+            Config(**(values | options)).check_batch(1)
+        else:
+            options, config = bench.read_options(words[1:])
+            assert config.lr == 1e-4
+    calls, text = script("--lr=1e-4", status=0)
+    assert [words[2] for words in calls] == ["kernel"] and "all parts have finished" in text
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("", "kernel, plan"),
-        ("kernels", "kernel, plan"),
+        ("", "required: command"),
+        ("kernels", "invalid choice: 'kernels'"),
         ("kernel --round=3", "unknown key 'round'"),
-        ("kernel --json=tests", "--json=tests is not a file: name one, such as out/bench/kernel.json"),
-        ("kernel --rounds=many", "--rounds: must be a whole number of at least 1, not 'many'"),
-        ("kernel --tokens=-1", "at least 1"),
+        ("kernel --seconds=many", "--seconds: invalid float value: 'many'"),
         ("kernel --device=tpu", "device must be one of auto, cpu, cuda, mps"),
+        ("step configs/demo.py --tokens_per_step=100", "tokens_per_step=100 does not divide"),
         ("plan configs/xielu_1b.py --gpu=H1000", "--gpu: invalid choice: 'H1000'"),
         ("plan configs/xielu_1b.py --gpus=7", "does not divide"),
+        ("plan configs/xielu_1b.py --gpus=0.5", "--gpus: must be a whole number of at least 1, not '0.5'"),
         ("plan configs/xielu_1b.py --mfu=40", "mfu must be above 0"),
     ],
 )

@@ -1,75 +1,79 @@
-"""Speed and memory:  python -m tools.bench kernel | plan …
+"""Speed and memory:  python -m tools.bench kernel | step | plan [CONFIG.py] --key=value …
 
-    python -m tools.bench kernel                               the activations, alone and inside a layer, measured here
-    python -m tools.bench plan configs/xielu_1b.py --gpus=8    memory and hours of a run, without a GPU
+    python -m tools.bench kernel           time the activations alone, forward and backward, beside a copy
+    python -m tools.bench step             time a micro-batch and an update, and list what takes longest
+    python -m tools.bench plan --gpus=8    compute the memory and hours of a run, without a GPU
 
-`kernel` takes the sizes of configs/xielu_1b.py and measures all candidates in turns, after a warm-up; each time is the
-median of the rounds. A whole training step is measured by training: tools.compare --max_steps=60 has a column for speed
-and memory, and tools/gpu.sh does all that a GPU can show. Besides --KEY=VALUE of train.py there are
+Without a config it is configs/xielu_1b.py; keys are those of train.py. On a CPU, `kernel` takes fewer rows: 16.8
+million elements. `step --n_layers=1 --vocab_size=64` is a layer by itself; tools/gpu.sh is all that a GPU can show.
+Besides train.py's keys there are
 
-    --rounds=10           (kernel) turns that each candidate gets
-    --tokens=20480        (kernel) rows of ffn_dim; default 20480 on a GPU, 1820 on a CPU: 16.8 million elements
+    --seconds=0.3                    (kernel, step) how long each is called to warm up, and then in each of five turns
     --gpus=8 --gpu=H100 --mfu=0.4    (plan) how many of which, and the share of its peak that they reach
-    --json=FILE           where the figures go besides the table; default out/bench/kernel.json, …
 """
 
-import json
+import math
 import platform
 import statistics
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+import xielu
 from activations import get_activation
 from model import Llama, chunk_rows
 from plumbing import machine
 from plumbing.command import Parser, UserError, run_command, whole_number
-from plumbing.config import ROOT
-from plumbing.files import write_atomically
-from train import Config
+from train import Config, compile_model, make_optimizers, update
 
 # ---------------------------------------------------------------------------------------------------------------
 # Measuring
 
+TURNS = 5
 
-def seconds(job, device):
-    """Seconds from calling job() until the device has finished it."""
+
+def medians(jobs, device, seconds):
+    """{name: seconds per call} of {name: function}. Each is called for `seconds` to warm up, and then for about as long
+    in each of several turns with the others; the median of the turns."""
+    calls = {name: warm_up(job, device, seconds) for name, job in jobs.items()}
+    turns = [{name: seconds_per_call(job, calls[name], device) for name, job in jobs.items()} for _ in range(TURNS)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
+
+
+def warm_up(job, device, seconds):
+    """Call job() once, which may compile it, and then for so many seconds. Returns the number of calls that fit."""
     synchronize = torch.get_device_module(device).synchronize
-    synchronize()
-    began = time.perf_counter()
     job()
     synchronize()
-    return time.perf_counter() - began
+    calls, end = 0, time.perf_counter() + seconds
+    while calls == 0 or time.perf_counter() < end:
+        job()
+        synchronize()
+        calls += 1
+    return calls
 
 
-def device_seconds(job, device, once):
-    """Seconds per call of job(), of which one alone took `once`. On CUDA by the device's own clock, of as many calls as
-    fill 20 ms, queued one behind the other: starting a call and waiting for it can take as long as its kernel."""
-    if device.type != "cuda":
-        return seconds(job, device)
-    calls = max(3, round(0.02 / once))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    job()  # otherwise the device would wait for the first call while its clock runs
-    start.record()
+def seconds_per_call(job, calls, device):
+    """Seconds per call of job(), called so many times without waiting in between. On CUDA by the device's own clock:
+    starting a kernel and waiting for it can take as long as the kernel itself."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            job()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    start = time.perf_counter()
     for _ in range(calls):
         job()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def medians(jobs, device, rounds):
-    """{name: median seconds} of {name: function}, run in turns after two rounds of warm-up."""
-    _, once = ({name: seconds(job, device) for name, job in jobs.items()} for _ in range(2))
-    turns = [{name: device_seconds(job, device, once[name]) for name, job in jobs.items()} for _ in range(rounds)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
+    torch.get_device_module(device).synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 def bytes_kept(function, inputs, without=()):
@@ -88,143 +92,103 @@ def bytes_kept(function, inputs, without=()):
     return sum(kept.values())
 
 
-def about(device):
-    """What a reader needs to know to believe a figure: machine, versions, commit, date."""
-    return {
-        "device": machine.device_name(device),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "commit": machine.git_commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m tools.bench " + " ".join(sys.argv[1:]),
-    }
-
-
-def written(figure):
-    """A figure as text: whole from 1000 on, else with three decimals; "-" for None. A text stays as it is."""
-    if figure is None or isinstance(figure, str):
-        return figure or "-"
-    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.3f}"
-
-
-def print_table(corner, rows):
-    """Print {row: {column: figure}} in aligned columns under their names; `corner` is the name of the first."""
-    columns = [corner, *next(iter(rows.values()))]
-    heads = [textwrap.wrap(column.replace("_", " "), 11) for column in columns]
-    lines = list(zip_longest(*heads, fillvalue=""))
-    lines += [(row, *map(written, figures.values())) for row, figures in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for name, *figures in lines:
-        print(name.ljust(widths[0]), *map(str.rjust, figures, widths[1:]), sep="  ")
-    print()
+def print_row(name, *cells):
+    """Print a row of a table: a name, then texts, or numbers that may be None."""
+    texts = [f"{cell:,.2f}" if isinstance(cell, float) else cell or "-" for cell in cells]
+    print(name.ljust(31), *(text.rjust(13) for text in texts))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # kernel
 
-MODEL = str(ROOT / "configs/xielu_1b.py")  # whose sizes are measured
-COMPARED = "xielu,relu2,swiglu"
-
-# {name: (activation, whether to compile it: the fused ones compile themselves)}
-CANDIDATES = {
-    "xielu reference, eager": ("xielu_reference", False),
-    "xielu reference, compiled": ("xielu_reference", True),
-    "xielu fused": ("xielu", False),
-    "xielu inverted": ("xielu_inverted", False),
-    "relu2, compiled": ("relu2", True),
-    "gelu, compiled": ("gelu", True),
-    "swiglu, compiled": ("swiglu", True),
-}
+# What is not called compiled is called as it is; xielu and xielu_inverted compile themselves
+ALONE = ("xielu", "xielu_inverted", "xielu_reference", "xielu_reference compiled", "relu2 compiled", "gelu compiled")
+MOST_ON_CPU = 2**24  # elements
 
 
-def gradients(module, inputs, gradient):
-    """The gradients of a module's parameters, and of the inputs that need one, given that of its output: its forward
-    and backward pass."""
-    wanted = [tensor for tensor in (*inputs, *module.parameters()) if tensor.requires_grad]
-    return torch.autograd.grad(module(*inputs), wanted, gradient)
+def gradients(module, x, gradient):
+    """The gradients of x and of a module's parameters, given that of its output: its forward and backward pass."""
+    return torch.autograd.grad(module(x), (x, *module.parameters()), gradient)
 
 
-def measure_activations(device, dtype, tokens, width, rounds):
-    """{"copy_gb_per_s": …, "activations": {name: figures}} of the candidates on (tokens, width); a gated one gets two
-    inputs of 2/3 of the width."""
-    source = torch.randn(tokens, width, device=device).to(dtype)
-    target = torch.empty_like(source)
-    jobs, moved, figures = {"copy": lambda: target.copy_(source)}, {}, {}
-    for name, (activation, compiled) in CANDIDATES.items():
-        module = get_activation(activation).build(width).to(device)
-        if compiled:
-            module.compile(dynamic=False)
-        gated = get_activation(activation).gated
-        shape = (tokens, width * 2 // 3 if gated else width)
-        inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(2 if gated else 1)]
-        gradient = torch.randn(shape, device=device).to(dtype)
-        jobs[name, "forward"] = partial(module, *inputs)
-        jobs[name, "both"] = partial(gradients, module, inputs, gradient)
-        # read and written, each way
-        moved[name, "forward"] = gradient.nbytes * (len(inputs) + 1)
-        moved[name, "backward"] = gradient.nbytes * (2 * len(inputs) + 1)
-        figures[name] = {"bytes_kept_per_element": bytes_kept(module, inputs) / source.numel()}
-    times = medians(jobs, device, rounds)
-    copy_rate = 2 * source.nbytes / times["copy"]
-    for name in CANDIDATES:
-        times[name, "backward"] = times[name, "both"] - times[name, "forward"]
-        for way in ("forward", "backward"):
-            rate = moved[name, way] / times[name, way]
-            figures[name] |= {
-                f"{way}_ms": times[name, way] * 1e3,
-                f"{way}_gb_per_s": rate / 1e9,
-                f"{way}_share_of_copy": rate / copy_rate,
-            }
-        figures[name]["both_over_relu2"] = times[name, "both"] / times["relu2, compiled", "both"]
-    return {"copy_gb_per_s": copy_rate / 1e9, "activations": figures}
-
-
-def measure_layers(device, dtype, tokens, config, rounds, bytes_per_s):
-    """{activation: figures} of a layer of the model, compiled as train.py compiles it: there, part of an activation's
-    backward pass may go to memory and back, which does not show where it is alone. What a layer takes longer than that
-    with relu2 is also given as the bytes that a copy moves in that time, per element of the activation."""
-    length = min(tokens, config.seq_len)
-    x = torch.randn(tokens // length, length, config.dim, device=device).to(dtype).requires_grad_()
+def kernel(config, device, dtype, seconds):
+    """Time each activation on a micro-batch of ffn_dim columns, beside a copy of it. "of copy" is the rate of what it
+    must read and write in the rate of the copy."""
+    tokens, columns = config.micro_batch_size * config.seq_len, config.ffn_dim
+    if device.type == "cpu":
+        tokens = min(tokens, MOST_ON_CPU // columns)
+    x = torch.randn(tokens, columns, device=device).to(dtype).requires_grad_()
     gradient = torch.randn_like(x)
-    names, jobs = COMPARED.split(","), {}
-    for name in names:
-        with torch.device(device):
-            model = Llama(replace(config, activation=name, n_layers=1, vocab_size=1), dtype)
-        model.compile_parts()
-        inputs = (x, model.cos[:length], model.sin[:length])
-        jobs[name, "forward"] = partial(model.layers[0], *inputs)
-        jobs[name, "both"] = partial(gradients, model.layers[0], inputs, gradient)
-    times, figures = medians(jobs, device, rounds), {}
-    for name in names:
-        over = times[name, "both"] - times["relu2", "both"]
-        figures[name] = {
-            "forward_ms": times[name, "forward"] * 1e3,
-            "backward_ms": (times[name, "both"] - times[name, "forward"]) * 1e3,
-            "over_relu2_ms": over * 1e3,
-            "over_relu2_bytes_per_element": over * bytes_per_s / (x.numel() / config.dim * config.ffn_dim),
-        }
-    return figures
+    jobs, kept = {"copy": partial(torch.empty_like(gradient).copy_, gradient)}, {}
+    for name in ALONE:
+        activation, _, compiled = name.partition(" ")
+        module = get_activation(activation).build(columns).to(device)
+        if compiled and config.compile:
+            module.compile(dynamic=False)
+        jobs[name, "forward"] = partial(module, x)
+        jobs[name, "both"] = partial(gradients, module, x, gradient)
+        kept[name] = bytes_kept(module, [x]) / x.numel()
+    times = medians(jobs, device, seconds)
+    copy, relu2 = times["copy"], times["relu2 compiled", "both"]
+    print(f"{tokens} × {columns} elements in {str(dtype)[6:]}; a copy moves {2 * x.nbytes / copy / 1e9:.1f} GB/s\n")
+    print_row("", "forward, ms", "of copy, %", "backward, ms", "of copy, %", "both / relu2", "bytes kept")
+    for name in ALONE:
+        forward, both = times[name, "forward"], times[name, "both"]
+        backward = both - forward
+        # the forward pass reads x and writes y, as a copy does; the backward pass also reads ∂L/∂y
+        shares = 100 * copy / forward, 100 * 1.5 * copy / backward
+        print_row(name, forward * 1e3, shares[0], backward * 1e3, shares[1], both / relu2, kept[name])
 
 
-def kernel(keys, save, rounds, tokens):
-    """Measure the activations, alone and inside a layer, in float32 and bfloat16."""
-    config = read_config([MODEL, *keys])
-    device, width = machine.pick_device(config.device), config.ffn_dim
-    tokens = tokens or (20480 if device.type == "cuda" else 1820)
-    in_layer = tokens if device.type == "cuda" else max(1, tokens // 4)  # a CPU's matmuls take seconds
-    result = {"about": about(device), "tokens": tokens, "tokens_in_layer": in_layer, "width": width, "dtypes": {}}
-    for dtype in (torch.bfloat16, torch.float32):  # in the order of their value, should time run out
-        name = str(dtype)[6:]
-        figures = result["dtypes"][name] = measure_activations(device, dtype, tokens, width, rounds)
-        save(result)
-        copy_rate = figures["copy_gb_per_s"]
-        print(f"{name}, {tokens} × {width}, copy {copy_rate:.1f} GB/s, {device}")
-        print_table("activation", figures["activations"])
-        figures["layers"] = measure_layers(device, dtype, in_layer, config, rounds, copy_rate * 1e9)
-        save(result)
-        print(f"{name}, inside a layer, {in_layer} × {config.dim}")
-        print_table("activation", figures["layers"])
-    return result
+# ---------------------------------------------------------------------------------------------------------------
+# step
+
+
+def step(config, device, dtype, seconds):
+    """Time a micro-batch, forward and backward, and an update, of the model that train.py makes, on random tokens. MFU
+    is the micro-batch's alone; then follows the rate of a whole step on one GPU."""
+    config.check_batch(1)
+    with torch.device(device):
+        model = Llama(config, dtype)
+    planned = sum(memory_of(model, machine.total_memory(device) if device.type == "cuda" else None).values())
+    optimizers = make_optimizers(model, config)
+    compile_model(model, config)
+    batch = torch.randint(config.vocab_size, (config.micro_batch_size, config.seq_len + 1), device=device)
+
+    def micro_batch():
+        model(batch[:, :-1], batch[:, 1:]).backward()
+
+    def clip_and_update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        update(optimizers, lr=0.0)  # the weights stay as they are
+
+    times = medians({"micro-batch": micro_batch, "update": clip_and_update}, device, seconds)
+    peak_memory, peak = machine.peak_memory(device), machine.peak_flops(device, dtype)
+    tokens = config.micro_batch_size * config.seq_len
+    count = config.tokens_per_step // tokens
+    flops = model.flops_per_token() * tokens / times["micro-batch"]
+    x, weight = (torch.randn(rows, config.dim, device=device).to(dtype) for rows in (tokens, config.ffn_dim))
+    matmul = medians({"matmul": partial(F.linear, x, weight)}, device, seconds)["matmul"]
+    rate = 2 * x.numel() * config.ffn_dim / matmul
+    figures = {
+        "micro-batch, ms": times["micro-batch"] * 1e3,
+        "tokens per second": tokens / times["micro-batch"],
+        "MFU, %": peak and 100 * flops / peak,
+        "share of the matmul rate, %": 100 * flops / rate,
+        "matmul rate, TFLOP/s": rate / 1e12,
+        "update, ms": times["update"] * 1e3,
+        f"tokens/s, {count} per update": config.tokens_per_step / (count * times["micro-batch"] + times["update"]),
+        "peak memory, GiB": peak_memory and peak_memory / 2**30,
+        "planned memory, GiB": planned / 2**30,
+    }
+    print(f"{config.activation}: {tokens} tokens per micro-batch in {str(dtype)[6:]}\n")
+    for name, figure in figures.items():
+        print_row(name, figure)
+    with torch.profiler.profile() as profile:
+        micro_batch()
+        clip_and_update()
+    by = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    print("\n" + profile.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=80))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,19 +207,13 @@ def kept_by_layer(config, dtype):
     return bytes_kept(layer, [x, model.cos, model.sin], without=[model.cos, model.sin, *model.parameters()])
 
 
-def model_of(config, dtype):
-    """A model on the meta device, which has shapes and no content."""
-    with torch.device("meta"):
-        return Llama(config, dtype)
-
-
-def memory_of(model):
-    """{part: bytes} of one GPU that trains a compiled model."""
+def memory_of(model, gpu_memory=80e9):
+    """{part: bytes} of one GPU, of so many bytes in all, that trains a compiled model."""
     config, dtype = model.config, model.compute_dtype
     parameters, head = model.num_parameters(), model.lm_head.weight.numel()
     # of those that Muon takes it keeps one moment
     matrices = sum(w.numel() for w in model.matrices()) if config.optimizer == "muon" else 0
-    rows = chunk_rows(config.micro_batch_size * config.seq_len, config.vocab_size, 80e9)  # as on a GPU of 80 GB
+    rows = chunk_rows(config.micro_batch_size * config.seq_len, config.vocab_size, gpu_memory)
     return {
         "weights (float32)": 4 * parameters,
         "gradients (float32)": 4 * parameters,
@@ -266,85 +224,59 @@ def memory_of(model):
     }
 
 
-def plan(argv, _, gpus, gpu, mfu):
+def plan(config, gpus, gpu, mfu):
     """Compute memory and hours of a run, from its config alone."""
     if not 0 < mfu <= 1:
         raise UserError(f"mfu must be above 0 and at most 1, not {mfu}")
-    config = read_config(argv)
     config.check_batch(gpus)
-    # every GPU of the table computes in bfloat16
-    model = model_of(config, torch.float32 if config.dtype == "float32" else torch.bfloat16)
-    memory = memory_of(model)
-    parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
-    tokens = config.max_steps * config.tokens_per_step
-    flops = tokens * flops_per_token
-    peak = machine.PEAK_FLOPS[gpu]
-    hours = flops / (gpus * peak * mfu) / 3600
-    rows, length = config.micro_batch_size, config.seq_len
-    micro_batches = config.tokens_per_step // (gpus * rows * length)
-    print(f"{config.activation}: {parameters:,} parameters, {flops_per_token:,} FLOPs per token")
+    with torch.device("meta"):  # every GPU of the table computes in bfloat16
+        model = Llama(config, torch.float32 if config.dtype == "float32" else torch.bfloat16)
+    tokens, rows = config.max_steps * config.tokens_per_step, config.micro_batch_size
+    micro_batches = config.tokens_per_step // (gpus * rows * config.seq_len)
+    hours = tokens * model.flops_per_token() / (gpus * machine.PEAK_FLOPS[gpu] * mfu) / 3600
+    print(f"{config.activation}: {model.num_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token")
     print(f"{tokens:,} tokens in {config.max_steps:,} steps of {config.tokens_per_step:,}")
-    print(f"{gpus} × {gpu}: {rows} × {length} tokens per GPU at once, {micro_batches} times per step\n")
-    in_all = memory | {"in all": sum(memory.values())}
-    print_table("memory per GPU", {part: {"GiB": size / 2**30} for part, size in in_all.items()})
-    print(f"{hours:,.1f} hours at {mfu:.0%} of {gpus} × {peak / 1e12:,.0f} TFLOP/s")
-    return {
-        "config": vars(config),
-        "parameters": parameters,
-        "flops_per_token": flops_per_token,
-        "flops": flops,
-        "memory_bytes": memory,
-        "hours": hours,
-    }
+    print(f"{gpus} × {gpu}: {rows} × {config.seq_len} tokens per GPU at once, {micro_batches} times per step\n")
+    memory = memory_of(model)
+    print_row("memory per GPU", "GiB")
+    for part, size in (memory | {"in all": sum(memory.values())}).items():
+        print_row(part, size / 2**30)
+    print(f"\n{hours:,.1f} hours at {mfu:.0%} of {gpus} × {machine.PEAK_FLOPS[gpu] / 1e12:,.0f} TFLOP/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 
-# {name: (function, {option: default})}
-COMMANDS = {
-    "kernel": (kernel, {"rounds": 10, "tokens": None}),
-    "plan": (plan, {"gpus": 8, "gpu": "H100", "mfu": 0.4}),
-}
-
 
 def read_options(argv):
-    """(options of a command line as a namespace, arguments that are train.py's); UserError if it is wrong."""
-    if not argv or argv[0] not in COMMANDS:
-        raise UserError(f"say what to measure, one of {', '.join(COMMANDS)}: see python -m tools.bench --help")
-    command, parser = argv[0], Parser("python -m tools.bench")
-    parser.add_argument("--json", type=Path, default=Path(f"out/bench/{command}.json"))
-    for name, default in COMMANDS[command][1].items():
-        kind = type(default) if isinstance(default, str | float) else whole_number
-        choices = machine.PEAK_FLOPS if name == "gpu" else None
-        parser.add_argument(f"--{name}", type=kind, default=default, choices=choices)
-    options, others = parser.parse_known_args(argv[1:])
-    if options.json.exists() and not options.json.is_file():
-        raise UserError(f"--json={options.json} is not a file: name one, such as out/bench/{command}.json")
-    return options, others
-
-
-def read_config(argv):
-    """The Config of a command line like train.py's."""
-    from_file, keys = Config.read_command(argv)
-    return Config(**(from_file | keys))
+    """(options, Config) of a command line; UserError if it is wrong."""
+    parser = Parser("python -m tools.bench")
+    parser.add_argument("command", choices=("kernel", "step", "plan"))
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--gpus", type=whole_number, default=8)
+    parser.add_argument("--gpu", choices=machine.PEAK_FLOPS, default="H100")
+    parser.add_argument("--mfu", type=float, default=0.4)
+    options, keys = parser.parse_known_args(argv)
+    if all(key.startswith("--") for key in keys):
+        keys.append("configs/xielu_1b.py")
+    from_file, from_line = Config.read_command(keys)
+    return options, Config(**(from_file | from_line))
 
 
 def bench(argv):
-    """Measure what a command line names, and write its options and the figures. Its function returns them, and may call
-    save(figures) before, so that an interruption does not lose all of them."""
-    options, others = read_options(argv)
-    path = vars(options).pop("json")
-    path.parent.mkdir(parents=True, exist_ok=True)  # now: not to find out after minutes that it cannot be made
-
-    def save(figures):
-        text = json.dumps(vars(options) | figures, indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
-
+    """Compute or measure what a command line names."""
+    options, config = read_options(argv)
+    if options.command == "plan":
+        return plan(config, options.gpus, options.gpu, options.mfu)
+    device = machine.pick_device(config.device)
+    dtype = machine.pick_dtype(config.dtype, device)
+    machine.be_deterministic(device, config.deterministic)
+    xielu.COMPILE = config.compile
     # every activation is a variant of the same functions, and variants beyond this limit would run uncompiled
     torch._dynamo.config.recompile_limit = 64
-    save(COMMANDS[argv[0]][0](others, save, **vars(options)))
-    print(f"figures: {path}")
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{time.strftime('%Y-%m-%d')}, {machine.device_name(device)}, {versions}, commit {machine.git_commit()}")
+    {"kernel": kernel, "step": step}[options.command](config, device, dtype, options.seconds)
 
 
 def main(argv):
