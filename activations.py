@@ -269,7 +269,8 @@ def load_derived(path):
     """The Activation in a file that tools/derive.py wrote; UserError if there is none. The file is executed, like a
     config."""
     if not path.is_file():
-        raise UserError(f"there is no activation {path}: python -m tools.derive makes one from a gradient")
+        hint = "python -m tools.derive makes one from a gradient; if a run's has moved, say  --activation=PATH"
+        raise UserError(f"there is no activation {path}: {hint}")
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", str(path)), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # torch.compile looks for the functions' globals there
@@ -280,6 +281,8 @@ def load_derived(path):
         return module.ACTIVATION
     except (Exception, SystemExit) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, ImportError) and error.name == "xielu":  # where fused and Integral once were
+            reason += "; if an older tools.derive wrote it, delete it and run the command in its first lines"
         raise UserError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
 
 
@@ -289,11 +292,13 @@ def short_name(name):
 
 
 def get_activation(name):
-    """The Activation called `name`, or the one in the file `name` if it ends in .py; UserError if there is none."""
+    """The Activation called `name`, or the one in the file `name` if it ends in .py, which is looked for here, then
+    beside this file; UserError if there is none."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
     if name.endswith(".py"):
-        return load_derived(Path(name).resolve())
+        path = Path(name) if Path(name).is_file() else Path(__file__).parent / name
+        return load_derived(path.resolve())
     if Path(f"derived/{name}.py").is_file():
         raise UserError(f"unknown activation {name!r}: did you mean 'derived/{name}.py'?")
     nearest = difflib.get_close_matches(name, ACTIVATIONS, n=1)

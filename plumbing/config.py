@@ -130,7 +130,8 @@ class Keys:
         then = saved["from_file"]
         changes = {name: value for name, value in from_file.items() if value != then.get(name, value)} | options
         for name in cls.FIXED:
-            if name in changes and changes[name] != saved["config"][name]:
+            # Of a path, the name alone counts: an activation's file may move. What it computes is compared later.
+            if name in changes and Path(str(changes[name])).name != Path(str(saved["config"][name])).name:
                 raise UserError(
                     f"--resume cannot change {name} from {saved['config'][name]!r} to {changes[name]!r}: "
                     f"leave it out, or start a new run with another --out"

@@ -9,13 +9,16 @@ import shlex
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import sympy
 import torch
 
+import activations
 import xielu
 from activations import ACTIVATIONS, get_activation, load_derived, short_name
+from plumbing.command import UserError
 from runs import error, here, log
 from tools import derive
 
@@ -44,7 +47,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, arguments in (KNOWN | NEW).items():
-            patch.setattr(xielu, "can_compile", lambda kind, name=name: name == "soft_dip")
+            patch.setattr(xielu, "can_compile", lambda kind, name=name: name == "leaky_relu2")
             patch.setattr(xielu, "COMPILE", True)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 assert derive.main([f"my_{name}", *arguments]) == 0
@@ -98,19 +101,6 @@ def test_known_ones_are_the_hand_written_ones(made, name, dtype):
             assert ((partial - other).abs() <= tolerance * (other.abs() + x64.abs())).all()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", NEW)
-def test_new_ones_are_what_they_are_by_hand(made, name, dtype):
-    module = load_derived(made[name][0]).module()
-    x = torch.tensor([-1e-6, -0.01, -0.3, -0.6, -2.0, -9.0]).to(dtype)
-    y, _, by_scalar = results(module, x)
-    x = x.double()
-    bend, rest = (-x - torch.log1p(-x), x) if name == "soft_dip" else ((x - 1) * x.exp() + 1, torch.expm1(x))
-    tolerance = max(TOLERANCE[dtype], 1e-6) * x.abs()  # its scalars are float32
-    assert ((y - (0.8 * bend + 0.5 * rest)).abs() <= tolerance).all()
-    assert ((by_scalar["raw_an"] - bend * module.raw_an.sigmoid().item()).abs() <= tolerance).all()
-
-
 @pytest.mark.parametrize("name", ["xielu", *NEW])
 def test_extreme_inputs(made, name):
     module, top = load_derived(made[name][0]).module(), torch.finfo(torch.float32).max
@@ -141,8 +131,8 @@ def test_report(made):
     text = made["xielu"][1]
     assert re.search(r"gradient f′ +2·ap·x \+ β +an·\(eˣ − 1\) \+ β\n", text)
     assert re.search(r"integral f +ap·x² \+ β·x +an·\(−x \+ eˣ − 1\) \+ β·x\n", text)
-    assert "gradient at 0    0.5\n    minimum          f = −0.2058 at x = −0.981\n" in text and "f′ → −0.3\n" in text
-    assert "x → −∞           f → 0.3, f′ → 0\n" in made["short_dip"][1]
+    assert re.search(r"\nf′\(x\) +−0\.3 +−0\.3 +−0\.2602 +−0\.005696 +0\.4239 +0\.5 +0\.66 ", text)
+    assert text.endswith("python train.py configs/demo.py --activation=derived/my_xielu.py --out=out/my_xielu\n")
 
 
 def test_a_file_says_how_it_was_made(made, capsys):
@@ -168,13 +158,12 @@ def test_a_file_says_how_it_was_made(made, capsys):
     ],
 )
 def test_gradients_of_other_kinds(gradients):
-    """The tool's own checks pass: value and gradients by quadrature in each dtype, and gradcheck."""
+    """The tool's own checks pass, by quadrature in each dtype."""
     assert derive.main(["other", *gradients, "--trained=a=0.7, b=0.6"]) == 0
 
 
-def test_few_scalars(capsys):
+def test_few_scalars():
     assert derive.main(["half_relu2", "--positive=x + 1", "--allow_jump"]) == 0
-    assert "f = 0 at x = 0" in capsys.readouterr().out
     module = get_activation("derived/half_relu2.py").module()
     x = torch.tensor([-2.0, 0.0, 3.0, math.nan], requires_grad=True)
     y = module(x)
@@ -204,14 +193,13 @@ def refused(capsys, *arguments):
     [
         (derive, "integrate", lambda do, *at: do(*at) * sympy.Rational(1000001, 1000000), "f is .* in torch.float64"),
         (derive, "rows_of", lambda do, *at: do(*at) | {"∂f/∂an": [derive.P, derive.M]}, "∂f/∂an is .*"),
-        (xielu, "in_one_pass", lambda do, f, x, *at: do(f, x + 1e-3 * xielu.COMPILE, *at), "compiled code or gradient"),
+        (derive, "rows_of", lambda do, *at: do(*at) | {"gradient f′": [derive.P, derive.M]}, "f′ is .*"),
+        (xielu, "in_one_pass", lambda do, f, x, *at: do(f, x + 1e-3, *at), "f is .* in torch.float64"),
     ],
 )
 def test_what_is_not_right_is_not_written(monkeypatch, capsys, owner, name, wrong, message):
     """wrong(function, *its arguments) does what the function called `name` should not."""
     monkeypatch.setattr(owner, name, functools.partial(wrong, getattr(owner, name)))
-    if owner is derive:
-        monkeypatch.setattr(derive, "check_derivatives", lambda *_: None)
     assert re.search(f"nothing is written: {message}", refused(capsys, "new", *NEW["soft_dip"]))
 
 
@@ -225,7 +213,6 @@ OTHER = "--positive=x"  # of mistakes that have nothing to do with it
         (["new", OTHER, "--negativ=x"], "unrecognized arguments: --negativ=x"),
         (["9new", OTHER], "'9new' is taken, or not a name"),
         (["xielu", OTHER], "'xielu' is taken"),
-        (["new", "--positive=0*log(x)"], "neither gradient contains anything but 0"),
         (["new", "--positive=a*x", "--trained=a=1,b=2"], "neither gradient contains b"),
         (["new", "--positive=y*x"], "'y*x' is not understood: known are x"),
         (["new", "--positive=2x"], "'2x' is not understood"),
@@ -235,12 +222,13 @@ OTHER = "--positive=x"  # of mistakes that have nothing to do with it
         (["new", "--positive=1/x"], "1/x is not a finite number at x = 0"),
         (["new", "--positive=x", "--negative=sqrt(x)"], "is not a finite real number"),
         (["new", "--positive=x/(x - 3*a)", "--trained=a=1"], "is not a finite number at x = 3"),
+        (["new", "--positive=1/(x - 2.03)**2", "--allow_jump"], "nothing is written: f is"),  # its pole is at no place
         (["new", "--positive=exp(sin(x)) - 1"], "has no integral from 0 in a closed form"),
-        (["new", "--positive=x + 0.3"], "jumps at 0, by 3/10, from 0 on the left to 3/10 on the right"),
-        (["new", "--positive=a", "--negative=b", "--trained=a=1,b=1"], "jumps at 0, by a − b"),
+        (["new", "--positive=x + 0.3"], "jumps at 0, from 0 on the left to 3/10 on the right"),
+        (["new", "--positive=a", "--negative=b", "--trained=a=1,b=1"], "from b on the left to a on the right"),
         (["new", "--positive=a*x", "--trained=a=0"], "a starts at 0.0, which must be above 0"),
         (["new", "--positive=a*x+b", "--trained=a=0.4>b", "--fixed=b=0.5"], "must be above 0.5"),
-        (["new", "--positive=a*x", "--trained=a=0.4>c"], "the bound must be a scalar of --fixed"),
+        (["new", "--positive=a*x", "--trained=a=0.4>c"], "'a=0.4>c' is not understood"),
         (["new", "--positive=a*x", "--trained=a=nan"], "'a=nan' is not understood"),
         (["new", "--positive=a*x", "--trained=a=1,a=2"], "the name a is taken, or given twice"),
         (["new", "--positive=x", "--trained=loss=1"], "the name loss is taken"),
@@ -282,24 +270,32 @@ def test_time_that_runs_out(monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------ in training
 
 
-def test_train_and_resume(made, config, tmp_path, capsys):
-    """The scalars are trained and logged, also in a run that resumes; the formula must not change in between."""
-    path, out = tmp_path / "soft_dip.py", tmp_path / "out"
-    shutil.copy(made["soft_dip"][0], path)
-    here(config, f"--activation={path}", f"--out={out}", "--max_steps=8")
-    here(config, f"--out={out}", "--max_steps=12", "--resume")
+def test_train_and_resume(made, config, tmp_path, monkeypatch, capsys):
+    """The scalars are trained and logged, also in a run that resumes, from wherever the file is by then; the formula
+    must not change in between."""
+    out, path = tmp_path / "out", tmp_path / "elsewhere/my_soft_dip.py"
+    derived = shutil.copytree(made["soft_dip"][0].parent, "derived")
+    here(config, "--activation=derived/my_soft_dip.py", f"--out={out}", "--max_steps=8")
+    shutil.move(derived, path.parent)
+    assert "--activation=PATH" in error(capsys, config, f"--out={out}", "--max_steps=12", "--resume")
+    here(config, f"--activation={path}", f"--out={out}", "--max_steps=12", "--resume")
     first, *_, last = [record for record in log(out) if record["kind"] == "val"]
     assert first["ap"] == pytest.approx([0.8, 0.8]) and last["ap"] != first["ap"] and last["loss"] < first["loss"]
     assert last["step"] == 12
     path.write_text(path.read_text("utf-8").replace("beta = 0.5", "beta = 0.6"), "utf-8")
     load_derived.cache_clear()  # as in another process
     message = error(capsys, config, f"--out={out}", "--max_steps=14", "--resume")
-    assert "the formula of soft_dip, what soft_dip computes changed since the run in" in message
+    assert "the formula of my_soft_dip, what my_soft_dip computes changed since the run in" in message
 
 
-def test_names(made):
+def test_names(made, monkeypatch):
     path = str(made["soft_dip"][0])
+    monkeypatch.setattr(activations, "__file__", str(made["soft_dip"][0].parent.parent / "activations.py"))
+    assert get_activation("derived/my_soft_dip.py") is get_activation(path)  # beside activations.py, if not here
     assert get_activation(path) is get_activation(path) and not get_activation(path).gated
     expected = "ap·x² + β·x for x > 0, an·(−x − log(1 − x)) + β·x for x ≤ 0, beta = 0.5, ap > 0.0, an > 0.5"
     assert get_activation(path).formula == expected
+    Path("old.py").write_text("from xielu import Integral, fused")
+    with pytest.raises(UserError, match="delete it and run the command in its first lines"):
+        get_activation("old.py")
     assert short_name(path) == "my_soft_dip" and all(short_name(name) == name for name in ACTIVATIONS)

@@ -198,6 +198,8 @@ def check_folder(run):
     try:
         for name, value in vars(run.config).items():
             saved = about["config"].get(name, value)
+            if name == "activation":  # whose file may have moved
+                saved, value = short_name(saved), short_name(value)
             if name not in ("out", "resume") and saved != value:
                 raise UserError(f"it has {name}={saved!r}, not {value!r}")
         check_facts(about.get("facts", {}), facts_of(run.config.activation), run.out)
