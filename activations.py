@@ -30,7 +30,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 import xielu
-from plumbing.command import UserError
+from plumbing.command import UserError, first_line
 from plumbing.inverted import xielu_inverted
 from xielu import XIELU, cast, chain_rule, computed_once, effective_scalar, raw_parameter, upcast, xielu_reference
 
@@ -280,7 +280,7 @@ def load_derived(path):
             raise TypeError("its ACTIVATION is not an Activation")
         return module.ACTIVATION
     except (Exception, SystemExit) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         if isinstance(error, ImportError) and error.name == "xielu":  # where fused and Integral once were
             reason += "; if an older tools.derive wrote it, delete it and run the command in its first lines"
         raise UserError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
@@ -331,8 +331,8 @@ def check_activation(name, width, compiles):
             if not isinstance(value, int | float):
                 raise TypeError(f"effective() has a {type(value).__name__} as {label!r}: return numbers, by .item()")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"activation {short_name(name)}{at}: {type(error).__name__}: {reason}") from None
+        where = f"activation {short_name(name)}{at}"
+        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def curve(module, x, gated=False):

@@ -11,10 +11,13 @@ This file is the keys, the training (`train`), and its parts in the order in whi
 """
 
 import math
+import os
 import time
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads that spin slow a busy machine
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -256,6 +259,7 @@ def compile_model(model, config):
     """Compile the model's parts in place, where that is asked for and works."""
     if config.compile:
         say("compiling: the first step takes longer")
+        machine.mend_compiler_cache()
     if config.compile and xielu.can_compile(model.cos.device.type):
         # of what a compiled layer would keep for the backward pass, this share is kept, and the rest recomputed
         torch._functorch.config.activation_memory_budget = config.memory_budget

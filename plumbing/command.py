@@ -10,6 +10,11 @@ class UserError(ValueError):
     """A mistake that the user can correct. Its text is one line that says what is wrong and how to fix it."""
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UserErrors. --help is left to run_command."""
 

@@ -10,7 +10,7 @@ import runpy
 from dataclasses import field, fields
 from pathlib import Path
 
-from plumbing.command import UserError
+from plumbing.command import UserError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
@@ -37,21 +37,19 @@ def check_limits(name, value, help="", low=-math.inf, below=math.inf, most=math.
 
 
 def check_divides(tokens_per_step, micro_batch_size, seq_len, processes):
-    """UserError, with values that would divide, unless tokens_per_step is whole micro-batches on each process."""
-    sequence = seq_len * processes  # tokens of one sequence on every process
-    micro_batch = sequence * micro_batch_size
-    if tokens_per_step % micro_batch == 0:
-        return
-    if tokens_per_step % sequence == 0:
-        sequences = tokens_per_step // sequence
-        fits = [str(size) for size in range(1, min(sequences, 256) + 1) if sequences % size == 0]
-        hint = f"micro_batch_size may be {', '.join(fits)}"
+    """UserError, with an option that helps, unless tokens_per_step is whole micro-batches on each process."""
+    sequences, rest = divmod(tokens_per_step, seq_len * processes)  # sequences on each process
+    if rest:
+        micro_batch = seq_len * processes * micro_batch_size
+        hint = f"--tokens_per_step={micro_batch * max(1, round(tokens_per_step / micro_batch))}"
+    elif sequences % micro_batch_size:
+        fits = next(size for size in range(min(micro_batch_size, 1024), 0, -1) if sequences % size == 0)
+        hint = f"--micro_batch_size={fits}"
     else:
-        below = tokens_per_step // micro_batch * micro_batch
-        hint = f"the nearest tokens_per_step is {f'{below} or ' if below else ''}{below + micro_batch}"
+        return
     raise UserError(
         f"tokens_per_step={tokens_per_step} does not divide into micro_batch_size={micro_batch_size} "
-        f"sequences of {seq_len} on {processes} process(es): {hint}"
+        f"sequences of {seq_len} on {processes} process(es): use {hint}"
     )
 
 
@@ -98,8 +96,7 @@ class Keys:
         try:
             values = runpy.run_path(str(path))
         except (Exception, SystemExit) as error:
-            reason = str(error).strip().splitlines() or [""]
-            raise UserError(f"config {path} does not run: {type(error).__name__}: {reason[0]}") from None
+            raise UserError(f"config {path} does not run: {type(error).__name__}: {first_line(error)}") from None
         helper = (type(math), type, type(len), type(key))  # modules, classes and functions that a config may import
         values = {name: value for name, value in values.items() if name[0] != "_" and not isinstance(value, helper)}
         return cls.typed(values, f"in {path}")
@@ -148,7 +145,7 @@ class Keys:
 def typed(name, kind, value):
     """A value in the type `kind` of its key; UserError if it has none."""
     try:
-        if kind is str and isinstance(value, str):
+        if kind is str and isinstance(value, str) and "\0" not in value:
             return value
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]

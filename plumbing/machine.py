@@ -4,15 +4,18 @@ import contextlib
 import os
 import platform
 import signal
+import struct
 import subprocess
 import sys
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock  # torch needs it too
 from torch.nn.attention import SDPBackend
 
 from plumbing.command import UserError
@@ -28,6 +31,9 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+# Each process of a node compiles by a number of workers, of which PyTorch would start as many as the node has cores
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))))
 
 # How long a process waits for the others: the first one writes a checkpoint, or reads the checksums of one, of 36 GB
 PATIENCE = timedelta(minutes=30)
@@ -163,6 +169,30 @@ def seed_randomness(device, numbers):
         torch.cuda.manual_seed(hash(numbers))
 
 
+def mend_compiler_cache():
+    """Remove the libraries in the compiler's cache that a kill has cut off. PyTorch would take them for whole ones, and
+    fail at every later start."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # loads the compiler
+
+    cache = Path(cache_dir())
+    for path in cache.glob("*/*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have removed it, or be writing it
+            if is_cut_off(path):
+                with FileLock(cache / "locks" / f"{path.name.split('.')[0]}.lock"):
+                    if is_cut_off(path):
+                        path.unlink()
+
+
+def is_cut_off(library):
+    """Whether a file lacks what a linker writes last: its header and, in an ELF file, a table to which that points."""
+    with open(library, "rb") as file:
+        head = file.read(64)
+    if head[:4] != b"\x7fELF":
+        return not any(head)
+    start, size, count = struct.unpack("<40xQ10xHH2x", head.ljust(64))
+    return start + size * count > library.stat().st_size
+
+
 def git_commit():
     """The commit of this code, followed by "-dirty" if files differ from it; None outside a git checkout."""
     describe = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -185,21 +215,16 @@ def join_processes(device, run):
     """
     if WORLD == 1:
         return
+    backend, gpu, store = "gloo", None, None
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend, store = "nccl" if device.type == "cuda" else "gloo", None
+        backend, gpu = "nccl", device
+        torch.cuda.set_device(gpu)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, WORLD, is_master=False, timeout=PATIENCE)
         store = dist.PrefixStore(f"attempt{RESTARTS}", store)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=RANK,
-        world_size=WORLD,
-        timeout=PATIENCE,
-        device_id=device if device.type == "cuda" else None,
-    )
+    places = {"store": store, "rank": RANK, "world_size": WORLD}
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu, **places)
     if any(other != run for other in gathered(run)):
         raise UserError(f"the processes see different runs in {run[0]}: it must be on a disk that all nodes share")
 
@@ -218,6 +243,7 @@ def gathered(value):
 # Why this process wants to stop: the number of a signal, or an error that it alone may have met; 0 if it does not. It
 # must not end in the middle of an exchange with the others, so it goes on until they `agree`.
 stop = 0
+PARENT = os.getppid()
 
 
 def note_signal(number, frame):
@@ -243,6 +269,8 @@ def agree(values, device):
     """(each value summed over all processes, whether a signal told one of them to stop): the same on each. If one has
     noted an error, all raise it."""
     global stop
+    if WORLD > 1 and os.getppid() != PARENT:  # torchrun was killed, and somebody may want to start again
+        stop = stop or signal.SIGTERM
     error = stop if isinstance(stop, Exception) else None
     total = torch.tensor([*values, bool(stop), error is not None], dtype=torch.float64)
     if WORLD > 1:

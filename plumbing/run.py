@@ -1,6 +1,7 @@
 """The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it, and none
 of its files is ever half written."""
 
+import contextlib
 import json
 import math
 import os
@@ -16,12 +17,18 @@ import numpy as np
 import torch
 
 from plumbing import machine
-from plumbing.command import UserError, format_seconds
+from plumbing.command import UserError, first_line, format_seconds
 from plumbing.files import lock_folder, write_atomically
 from plumbing.machine import LOCAL_RANK, RANK, RESTARTS, WORLD, device_name, git_commit, say
 
 # To be increased when older checkpoints no longer load
 VERSION = 4
+# What a checkpoint holds besides
+PARTS = {"step": int, "seconds": float, "loss_average": float | None, "facts": dict}
+PARTS |= {"config": dict, "from_file": dict, "model": dict, "optimizers": list}
+# What the optimizers keep of each weight: a number of steps, and what has the weight's shape
+STEP = torch.tensor(0.0)
+KEPT = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 SPIKE = 1.5  # a loss this many times its running average is called a spike
 # How the numbers of a record are shown
 SHOWN = {
@@ -38,20 +45,56 @@ SHOWN = {
 # Reading
 
 
-def read_checkpoint(path):
-    """What save_checkpoint wrote; UserError with a reason if it is damaged or something else."""
+def read_checkpoint(path, Config):
+    """What save_checkpoint wrote, with values for all keys of Config in its "config"; UserError with a reason if it is
+    damaged or something else. (The tensors in it are looked at by `fill`.)"""
     try:
         # torch.load does not look at the checksums that torch.save wrote. One process per node does.
         if LOCAL_RANK == 0 and zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum does not match")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        version = checkpoint.get("version")
+        if checkpoint.get("version") != VERSION:
+            raise ValueError("it was written by another version of train.py, with which it can be resumed")
+        for name, kind in PARTS.items():
+            part = checkpoint.get(name, "nothing")
+            if not isinstance(part, kind) or (isinstance(part, int | float) and not 0 <= part < 1e300):
+                raise ValueError(f"its {name} is missing, or nothing that a run can have")
+        for name in ("config", "from_file"):
+            checkpoint[name] = Config.typed(checkpoint[name], "in it")
+        if missing := [name for name in Config.FIXED if name not in checkpoint["config"]]:
+            raise ValueError(f"its config lacks {missing[0]}")
+        return checkpoint | {"config": Config.defaults() | checkpoint["config"]}
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(reason[0]) from None
-    if version != VERSION:
-        raise UserError("it was written by another version of train.py, with which it can be resumed")
-    return checkpoint
+        raise UserError(first_line(error)) from None
+
+
+def fill(checkpoint, out, model, optimizers=()):
+    """Load the checkpoint of the run in `out` into its model and, if they are given, its optimizers. UserError if its
+    tensors have other names, shapes or dtypes than theirs."""
+    try:
+        check_tensors(checkpoint["model"], model.state_dict())
+        model.load_state_dict(checkpoint["model"])
+        states = checkpoint["optimizers"] if optimizers else []
+        for optimizer, saved in zip(optimizers, states, strict=bool(states)):  # an imported model has none
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            for number, state in dict(saved)["state"].items():
+                like = {name: STEP if name == "step" else weights[number] for name in KEPT[type(optimizer)]}
+                check_tensors(state, like)
+            groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    except Exception as error:
+        hint = "choose another --out to start over"
+        raise UserError(f"the checkpoint in {out} does not fit its config ({first_line(error)}): {hint}") from None
+
+
+def check_tensors(saved, expected):
+    """ValueError unless two {name: tensor} have the same names, shapes and dtypes."""
+
+    def kind(value):
+        return (value.is_meta, value.layout, value.dtype, *value.shape) if isinstance(value, torch.Tensor) else None
+
+    if wrong := [name for name in expected | saved if kind(saved.get(name)) != kind(expected.get(name))]:
+        raise ValueError(f"{wrong[0]} is of another kind")
 
 
 def numbered(out, step):
@@ -64,30 +107,23 @@ def kept_steps(out):
     return sorted((int(path.stem[5:]) for path in out.glob("ckpt_" + "[0-9]" * 8 + ".pt")), reverse=True)
 
 
-def load_checkpoint(out, step=0):
+def load_checkpoint(out, Config, step=0):
     """The checkpoint of a run: the newest, or that of a step; None if the run has none. If it is missing or damaged, a
     UserError offers an older one."""
     path = numbered(out, step) if step else out / "ckpt.pt"
     older = [kept for kept in kept_steps(out) if not step or kept < step]
+    if not (path.exists() or step or older):
+        return None
     try:
-        if path.exists():
-            return read_checkpoint(path)
-        if not step and not older:
-            return None
-        problem = f"there is no {path}"
+        return read_checkpoint(path, Config)
     except UserError as error:
-        problem = f"checkpoint {path} cannot be read ({error})"
-    good = next((kept for kept in older if is_readable(numbered(out, kept))), None)
-    hint = f"continue from an older one with  --resume_from={good}" if good else "choose another --out to start over"
+        problem, hint = f"checkpoint {path} cannot be read ({error})", "choose another --out to start over"
+    for kept in older:
+        with contextlib.suppress(UserError):
+            read_checkpoint(numbered(out, kept), Config)
+            hint = f"continue from an older one with  --resume_from={kept}"
+            break
     raise UserError(f"{problem}: {hint}")
-
-
-def is_readable(path):
-    """Whether read_checkpoint can read a file."""
-    try:
-        return bool(read_checkpoint(path))
-    except UserError:
-        return False
 
 
 def read_log(path, step=math.inf):
@@ -134,7 +170,10 @@ def check_facts(began, now, out):
     rounding; a fact that the run does not have is not compared."""
 
     def same(a, b):
-        return np.allclose(a, b, rtol=1e-5, atol=1e-8) if isinstance(a, list) and len(a) == len(b) else a == b
+        try:
+            return np.allclose(a, b, rtol=1e-5, atol=1e-8) if isinstance(a, list) and len(a) == len(b) else bool(a == b)
+        except (TypeError, ValueError, RuntimeError):  # b is something else altogether
+            return False
 
     if changed := [name for name, fact in now.items() if not same(fact, began.get(name, fact))]:
         raise UserError(
@@ -151,19 +190,14 @@ def save_checkpoint(out, checkpoint, keep=1, before=None):
     """Write ckpt.pt. To keep several, the one that it replaces, of step `before`, stays under its number; those beyond
     `keep` are removed."""
     if keep > 1 and before is not None:
-        number_newest(out, before)
+        numbered(out, before).unlink(missing_ok=True)
+        try:  # a second name, which costs no room, until another file takes the place of ckpt.pt
+            os.link(out / "ckpt.pt", numbered(out, before))
+        except OSError:  # a file system without links
+            shutil.copy(out / "ckpt.pt", numbered(out, before))
     write_atomically(out / "ckpt.pt", lambda file: torch.save(checkpoint | {"version": VERSION}, file))
     for step in kept_steps(out)[keep - 1 :]:
         numbered(out, step).unlink()
-
-
-def number_newest(out, step):
-    """Give ckpt.pt its number as a second name, which costs no room, until another file takes the place of ckpt.pt."""
-    numbered(out, step).unlink(missing_ok=True)
-    try:
-        os.link(out / "ckpt.pt", numbered(out, step))
-    except OSError:  # a file system without links
-        shutil.copy(out / "ckpt.pt", numbered(out, step))
 
 
 def go_back(out, step):
@@ -193,7 +227,7 @@ class Run:
         resume = keys["resume"] or keys["resume_from"] or RESTARTS > 0
         # After a restart by torchrun, the run has gone back already
         self.back_to = keys["resume_from"] if not RESTARTS or numbered(self.out, keys["resume_from"]).exists() else 0
-        saved = load_checkpoint(self.out, self.back_to) if resume else None
+        saved = load_checkpoint(self.out, Config, self.back_to) if resume else None
         if resume and keys["dtype"] == "auto":
             options = options | {"dtype": dtype_taken(self.out, saved)}
         if saved:
@@ -221,7 +255,7 @@ class Run:
 
     def note_extension(self, before):
         """Say so if a run is extended whose learning rate had begun to fall, as the config `before` says."""
-        fall = before["max_steps"] - before["decay_steps"]
+        fall = round(before["max_steps"] - before["decay_steps"])
         if self.config.max_steps > before["max_steps"] and self.start > fall:
             earlier = next((f", or go back with  --resume_from={s}" for s in kept_steps(self.out) if s <= fall), "")
             say(f"note: the learning rate has fallen since step {fall}, and returns to {self.config.lr:g} now{earlier}")
@@ -238,10 +272,7 @@ class Run:
     def restore(self, model, optimizers):
         """Load what the checkpoint holds, if there is one."""
         if self.loaded:
-            model.load_state_dict(self.loaded["model"])
-            for optimizer, state in zip(optimizers, self.loaded["optimizers"]):  # an imported model has none
-                groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
-                optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+            fill(self.loaded, self.out, model, optimizers)
             say(f"resuming {self.out} at step {self.start}")
         self.loaded = None
 

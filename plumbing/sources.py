@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from plumbing.command import UserError
+from plumbing.command import UserError, first_line
 
 PIECE = 2**20  # characters that are tokenized at once
 MOST_DOCUMENTS = 2**14  # in a batch, however short they are
@@ -214,7 +214,7 @@ def read_fineweb_edu(subset, position):
             return
         except Exception as error:
             if is_final(error) or failures == len(PATIENCE):
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                reason = first_line(error)[:200]
                 failure = f"FineWeb-Edu ({subset}) could not be read from Hugging Face ({reason})"
                 raise UserError(f"{failure}: start again to continue, or give your own texts or stdlib") from None
             print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)

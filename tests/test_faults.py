@@ -4,6 +4,7 @@ damaged or have changed.
 The long ones are marked slow. The table of docs/running.md names these tests.
 """
 
+import _ctypes
 import contextlib
 import errno
 import itertools
@@ -20,17 +21,21 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import train
+import xielu
 from activations import facts_of, load_derived
-from plumbing import files
+from plumbing import files, machine
 from plumbing.command import UserError
 from plumbing.run import check_facts, read_checkpoint, save_checkpoint
-from runs import ROOT, assert_same_losses, error, here, launch, log, run
+from runs import ROOT, assert_same_losses, error, here, launch, log, run, settings_restored
+from tools.sample import load_run
 
 
 def wait_for(pattern, process, times=1):
@@ -128,7 +133,42 @@ def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"step": step}, 2, step - 1 or None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt"]
-    assert [read_checkpoint(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_00000002.pt")] == [3, 2]
+    assert [torch.load(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_00000002.pt")] == [3, 2]
+
+
+def test_killed_while_the_compiler_writes(config, tmp_path, monkeypatch):
+    """What is cut off in its cache is removed before anything is compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(xielu, "can_compile", lambda device: False)
+    whole = Path(_ctypes.__file__).read_bytes()
+    (tmp_path / "ab").mkdir()
+    for number, content in enumerate((whole, whole[:-1], bytes(2000), b"")):
+        (tmp_path / "ab" / f"c{number}.main.so").write_bytes(content)
+    here(config, "--compile", "--max_steps=7")
+    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["c0.main.so"]
+
+
+@pytest.mark.slow
+def test_what_was_cut_off_is_compiled_again(config, tmp_path, monkeypatch):
+    """Here that is PyTorch's first try, and no part of the model."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    config.write_text(config.read_text() + "import __main__ as _m\n_m.Llama.compile_parts = lambda self: None\n")
+    for steps in (7, 8):
+        assert "does not work" not in run(config, "--compile", "--resume", f"--max_steps={steps}")
+        libraries = list((tmp_path / "cache").glob("*/*.so"))
+        assert libraries and not any(map(machine.is_cut_off, libraries))
+        for path, cut in zip(libraries, itertools.cycle((-1, 0))):
+            path.write_bytes(path.read_bytes()[:cut])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize("module", ["train", "tools.sample"])
+def test_threads_do_not_spin_while_they_wait(module):
+    """On a busy machine they would keep each other from computing."""
+    command = [sys.executable, "-c", f"import {module}"]
+    environment = os.environ | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_WAIT_POLICY", None)
+    assert "GOMP_SPINCOUNT = '0'" in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -184,15 +224,15 @@ def test_a_second_ctrl_c_stops_at_once(config):
 
 
 def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
-    """1 → 2 → 1 processes, each but the last ended by SIGTERM."""
+    """1 → 2 → 2 → 1 processes, which a signal stops: to them, to torchrun, and one that kills torchrun."""
     options = ["--max_steps=60", "--micro_batch_size=2", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/one")
-    for processes, stop_at in ((1, 10), (2, 30)):
+    for processes, stop_at, number, expected in ((1, 10, 15, 143), (2, 20, 15, 1), (2, 30, 9, -9)):
         process = launch(config, *options, "--resume", processes=processes)
         wait_for(f"^step {stop_at}/60", process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         status, text = end(process)
-        assert status == (143 if processes == 1 else 1)  # torchrun's own status
+        assert status == expected
         assert len(re.findall(r"^stopped at step \d+, checkpoint saved: .*--resume continues$", text, re.M)) == 1, text
     here(config, *options, "--resume")
     whole(out)
@@ -353,7 +393,7 @@ def test_the_checkpoint_before_is_offered(config, out, capsys):
     (out / "ckpt_00000008.pt").write_bytes(damaged)
     assert "--resume_from=4" in error(capsys, config, "--resume")
     (out / "ckpt.pt").unlink()  # somebody deleted it
-    assert "there is no" in (message := error(capsys, config, "--resume")) and "--resume_from=4" in message
+    assert "No such file" in (message := error(capsys, config, "--resume")) and "--resume_from=4" in message
     assert "--resume_from=4" in error(capsys, config, "--resume_from=8")
     assert "choose another --out" in error(capsys, config, "--resume_from=2")
 
@@ -378,7 +418,7 @@ def test_going_back_loses_nothing(config, tmp_path, out):
 def test_extending_a_run_whose_learning_rate_has_fallen(config, out):
     here(config, "--keep_checkpoints=3")  # it falls from step 8 on
     text = here(config, "--resume", "--max_steps=20", "--keep_checkpoints=3")
-    assert "note: the learning rate has fallen since step 8" in text and "go back with  --resume_from=8" in text
+    assert "note: the learning rate has fallen since step 8," in text and "go back with  --resume_from=8" in text
     assert "note: the learning rate" not in here(config, "--resume", "--resume_from=16", "--max_steps=24")
 
 
@@ -403,14 +443,52 @@ def test_a_checkpoint_that_cannot_be_read(config, tmp_path, out, capsys):
     assert not (tmp_path / "executed").exists() and log(out) == before
 
 
-def test_one_process_per_node_checks_the_checksums(tmp_path, monkeypatch):
+def test_one_process_per_node_checks_the_checksums(config, out, monkeypatch):
+    here(config, "--max_steps=7")
     checked = []
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checked.append(file))
-    save_checkpoint(tmp_path, {"step": 3})
     for rank in range(4):
         monkeypatch.setattr("plumbing.run.LOCAL_RANK", rank)
-        assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+        assert read_checkpoint(out / "ckpt.pt", train.Config)["step"] == 7
     assert len(checked) == 1
+
+
+def replaced(tree, path, value):
+    """Nested dicts and lists in which what is at a path is another value, or gone if that is GONE."""
+    name, *rest = path
+    tree = tree.copy()
+    tree[name] = replaced(tree[name], rest, value) if rest else value
+    if value is GONE and not rest:
+        del tree[name]
+    return tree
+
+
+GONE = object()
+HOSTILE = ["text", "a\0.py", [1], {"a": 1}, torch.ones(3), torch.zeros(0), math.nan, -1, 10**400, None, GONE]
+PLACES = [[name] for name in ("step", "seconds", "loss_average", "config", "from_file", "facts", "model", "optimizers")]
+PLACES += [["config", "dim"], ["config", "lr"], ["config", "activation"], ["from_file", "lr"], ["facts", "tokenizer"]]
+PLACES += [["facts", "what xielu computes"], ["model", "layers.0.mlp.up_proj.weight"], ["optimizers", 1]]
+PLACES += [["optimizers", 0, "state"], ["optimizers", 0, "state", 0], ["optimizers", 0, "state", 0, "step"]]
+PLACES += [["optimizers", 0, "state", 0, "exp_avg"], ["optimizers", 1, "state", 0, "momentum_buffer"]]
+
+
+def test_a_checkpoint_with_anything_in_it(config, out, capsys):
+    """One line and status 2 where it cannot be used; never another exception, in train or in sample."""
+    options = ["--activation=xielu", "--optimizer=muon", "--resume"]
+    here(config, *options, "--max_steps=7")
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    used = Counter()
+    for place, value in itertools.product(PLACES, HOSTILE):
+        torch.save(replaced(state, place, value), out / "ckpt.pt")
+        with contextlib.suppress(UserError):
+            load_run(out, "cpu", torch.float32)
+        with settings_restored():
+            status = train.main([str(config), *options, "--max_steps=8"])
+        stderr = capsys.readouterr().err
+        assert (status, stderr[:7], stderr.count("\n")) in ((2, "error: ", 1), (0, "", 0)), (place, value, stderr)
+        used[place[-1]] += not status
+    # what need not be there, other facts, and another lr in the config file of then
+    assert +used == {"loss_average": 1, "lr": 3, "facts": 1, "tokenizer": 1, "what xielu computes": 1, 0: 1}
 
 
 # ------------------------------------------------------------------------------------------------ what has changed

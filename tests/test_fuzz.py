@@ -126,8 +126,8 @@ def test_documents_of_a_text(text):
         assert sorted(found) == sorted(part.strip() for part in documents if part.strip())
 
 
-PLAIN = {"step": 3, "seconds": 1.5, "loss_average": 2.5, "config": {"dim": 3}, "from_file": {}, "facts": {}}
-PLAIN |= {"version": VERSION}
+PLAIN = {"version": VERSION, "step": 3, "seconds": 1.5, "loss_average": 2.5, "facts": {}}
+PLAIN |= {"config": Config.defaults(), "from_file": {}}
 MODEL = {"weight": torch.arange(400, dtype=torch.float32)}
 OPTIMIZER = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}
 torch.save(PLAIN | {"model": MODEL, "optimizers": [OPTIMIZER]}, WHOLE := io.BytesIO())
@@ -148,7 +148,7 @@ def test_checkpoints(tmp_path, changes, kept):
     path.write_bytes(content)
     untouched = content == WHOLE.getvalue()
     with contextlib.nullcontext() if untouched else refused_or_correct():
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, Config)
         assert torch.equal(state.pop("model")["weight"], MODEL["weight"])
         assert state.pop("optimizers") == [OPTIMIZER]
         assert state == PLAIN

@@ -90,9 +90,9 @@ MISTAKES = [
     ("", "--beta2=1", "beta2 must be at least 0 and below 1, not 1.0"),
     ("", "--dtype=float16", "dtype must be one of auto, float32, bfloat16"),
     ("", "--device=tpu", "device must be one of"),
-    ("", "--tokens_per_step=100", "nearest tokens_per_step is 128$"),
-    ("", "--tokens_per_step=1000", "nearest tokens_per_step is 896 or 1024$"),
-    ("", "--tokens_per_step=192", "micro_batch_size may be 1, 2, 3, 6$"),
+    ("", "--tokens_per_step=100", "use --tokens_per_step=128$"),
+    ("", "--tokens_per_step=1000", "use --tokens_per_step=1024$"),
+    ("", "--tokens_per_step=192", "use --micro_batch_size=3$"),
     ("", "--n_layers=0", "n_layers must be at least 1"),
     ("", "--n_kv_heads=3", "n_heads=2 is not a multiple of n_kv_heads=3"),
     ("", "--dim=30", "dim=30 over n_heads=2 must give an even number"),
@@ -470,7 +470,7 @@ def test_under_torchrun_the_first_process_speaks(config, tmp_path, beyond, capsy
         expected = 3 if split == "train" else 0
         assert len([record for record in log(tmp_path / f"one_{split}") if record["kind"] == "train"]) == expected
     processes = {
-        "nearest tokens_per_step is 256": launch(config, "--tokens_per_step=100", processes=2),
+        "use --tokens_per_step=256": launch(config, "--tokens_per_step=100", processes=2),
         "x_train_000000.bin holds token 300": launch(config, f"--data={beyond['train']}", processes=2),
         "x_val_000000.bin holds token 300": launch(
             config, f"--data={beyond['val']}", f"--out={tmp_path}/val", processes=2

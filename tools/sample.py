@@ -29,7 +29,7 @@ from model import Llama
 from plumbing import machine
 from plumbing.command import Parser, UserError, run_command, whole_number
 from plumbing.config import check_limits
-from plumbing.run import check_facts, load_checkpoint
+from plumbing.run import check_facts, fill, load_checkpoint
 from plumbing.tokenizer import get_tokenizer
 from train import Config
 
@@ -40,14 +40,14 @@ def load_run(out, device, dtype):
     The matrices are already in `dtype`: otherwise each would be cast for every token. Norms, and all that an activation
     trains, stay in float32. UserError if there is no checkpoint, or if the code of its activation has changed since.
     """
-    checkpoint = load_checkpoint(Path(out))
+    checkpoint = load_checkpoint(Path(out), Config)
     if checkpoint is None:
         raise UserError(f"{out} has no ckpt.pt: give the folder of a run that has saved one")
-    config = Config(**Config.typed(checkpoint["config"], f"in {out}/ckpt.pt"))
+    config = Config(**checkpoint["config"])
     check_facts(checkpoint["facts"], facts_of(config.activation), out)
     with torch.device(device):
         model = Llama(config, dtype, seed=None)
-    model.load_state_dict(checkpoint["model"])
+    fill(checkpoint, out, model)
     for weight in (*model.matrices(), model.embed_tokens.weight, model.lm_head.weight):
         weight.data = weight.data.to(dtype)
     return model.eval(), config, checkpoint["facts"].get("tokenizer")
