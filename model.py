@@ -248,7 +248,7 @@ class Llama(nn.Module):
         take as long as one), state-dict names stay as they are, DDP can send one layer's gradients while the next layer
         computes, and no more than one chunk of logits is ever held."""
         # On a GPU, Inductor would otherwise write part of xIELU's backward pass to memory and read it back; at 200
-        # operations it is one kernel (docs/speed.md).
+        # operations it is one kernel (docs/kernels.md).
         options = {"realize_opcount_threshold": 200} if self.cos.is_cuda else None
         for layer in self.layers:
             layer.compile(fullgraph=True, options=options)  # a graph break would be slow, and say nothing

@@ -1,4 +1,4 @@
-"""Write xielu_vectors.json, against which any implementation of xIELU can be tested (docs/vectors.md):
+"""Write xielu_vectors.json, against which any implementation of xIELU can be tested (docs/kernels.md):
 
     python -m tools.vectors
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from mpmath import exp, expm1, log, log1p, mpf, workdps
+
+from plumbing.command import Parser, run_command
 
 PATH = Path(__file__).with_name("xielu_vectors.json")
 BETA = 0.5
@@ -60,7 +62,15 @@ def text():
     return lines.replace("[[", "[\n[").replace("], [", "],\n[").replace("]]", "]\n]") + "\n"
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(__doc__.strip())
+def write(argv):
+    """Write the file; the command takes no arguments."""
+    Parser("python -m tools.vectors").parse_args(argv)
     PATH.write_text(text(), "utf-8")
+
+
+def main(argv):
+    return run_command(write, argv, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
