@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import xielu
-from activations import ACTIVATIONS, short_name
+from activations import ACTIVATIONS, curve, short_name
 from plumbing.command import Parser, UserError, run_command
 from tools.archive import read_run
 from tools.intervals import differences
@@ -285,22 +285,13 @@ def draw_scalars(folders, path):
 # Activations
 
 
-def value_and_gradient(module, x, gated=False):
-    """f and f′ at x; for a gated module at y = 1."""
-    xielu.COMPILE = False  # a compilation takes far longer than a few hundred points
-    x = x.clone().requires_grad_()
-    y = module(x, torch.ones_like(x)) if gated else module(x)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    return y.detach(), gradient
-
-
 def draw_xielu(path):
     """xIELU and its gradient: αp steepens the positive side, αn deepens the negative one."""
     figure, [axes] = new_figure(1, 2, 10, 3.8)
     x = torch.linspace(-4, 2, 601, dtype=torch.float64)
     for number, (alpha_p, alpha_n) in enumerate([(0.8, 0.8), (1.4, 1.4), (0.4, 0.65), (0.1, 0.52)]):
         module = xielu.XIELU(alpha_p, alpha_n)
-        for axis, y in zip(axes, value_and_gradient(module, x)):
+        for axis, y in zip(axes, curve(module, x)):
             label = f"αp = {alpha_p}, αn = {alpha_n}" + (" (start)" if number == 0 else "")
             axis.plot(x, y, label=label, linewidth=1.8, **line_style(number))
     left, right = axes
@@ -326,7 +317,7 @@ def draw_activations(path):
         if isinstance(getattr(module, "alpha", None), torch.nn.Parameter):
             torch.nn.init.constant_(module.alpha, 0.25)
             conditions.append("α = 0.25")
-        value, gradient = value_and_gradient(module, x, activation.gated)
+        value, gradient, *_ = curve(module, x, activation.gated)
         axis.plot(x, value, color=COLOURS[0], linewidth=1.8, label="activation")
         axis.plot(x, gradient, color=COLOURS[3], linewidth=1.4, linestyle="--", label="gradient")
         axis.set_title(name, fontsize="medium")
