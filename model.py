@@ -129,7 +129,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin):
         """(B, T, C) → (B, T, C). q and k are rotated before they are transposed: in memory's own order, which saves a
         GPU three copies per layer."""
-        # one matmul for all three: those of k and v alone are too small for a large GPU
+        # One matmul for all three: alone, each is too small for a large GPU. Since v is a view, q and k stay in memory
+        # for the backward pass as they are here: 2.8 GiB more for the 1.1B run (copying v would take 2 ms instead).
         weight = torch.cat([proj.weight for proj in (self.q_proj, self.k_proj, self.v_proj)])
         heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split(self.heads, dim=-2)

@@ -1,7 +1,7 @@
 """The paper in one file: choose a gradient, integrate it, train its two scalars.
 
 "Deriving Activation Functions Using Integration" (Huang & Schlag, arXiv 2411.13010) starts from the gradient of an
-activation function, because the gradient is what training feels:
+activation function, because the gradient is what training uses:
 
     ReLU² has a gradient that rises linearly for x > 0, so large inputs keep learning.   2·αp·x + β
     xSiLU has a gradient that falls below zero for x < 0, so units are pushed both ways. αn·(eˣ − 1) + β

@@ -176,7 +176,7 @@ def mend_compiler_cache():
 
     cache = Path(cache_dir())
     for path in cache.glob("*/*.so"):
-        with contextlib.suppress(FileNotFoundError):  # another process may have removed it, or be writing it
+        with contextlib.suppress(OSError, NotImplementedError):  # it is gone, or another user's; a disk has no locks
             if is_cut_off(path):
                 with FileLock(cache / "locks" / f"{path.name.split('.')[0]}.lock"):
                     if is_cut_off(path):
@@ -269,7 +269,7 @@ def agree(values, device):
     """(each value summed over all processes, whether a signal told one of them to stop): the same on each. If one has
     noted an error, all raise it."""
     global stop
-    if WORLD > 1 and os.getppid() != PARENT:  # torchrun was killed, and somebody may want to start again
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT:  # torchrun was killed
         stop = stop or signal.SIGTERM
     error = stop if isinstance(stop, Exception) else None
     total = torch.tensor([*values, bool(stop), error is not None], dtype=torch.float64)

@@ -2,6 +2,7 @@
 of its files is ever half written."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -46,8 +47,8 @@ SHOWN = {
 
 
 def read_checkpoint(path, Config):
-    """What save_checkpoint wrote, with values for all keys of Config in its "config"; UserError with a reason if it is
-    damaged or something else. (The tensors in it are looked at by `fill`.)"""
+    """What save_checkpoint wrote; UserError with a reason if it is damaged or something else. (The tensors in it are
+    looked at by `fill`.)"""
     try:
         # torch.load does not look at the checksums that torch.save wrote. One process per node does.
         if LOCAL_RANK == 0 and zipfile.ZipFile(path).testzip():
@@ -63,7 +64,7 @@ def read_checkpoint(path, Config):
             checkpoint[name] = Config.typed(checkpoint[name], "in it")
         if missing := [name for name in Config.FIXED if name not in checkpoint["config"]]:
             raise ValueError(f"its config lacks {missing[0]}")
-        return checkpoint | {"config": Config.defaults() | checkpoint["config"]}
+        return checkpoint
     except Exception as error:
         raise UserError(first_line(error)) from None
 
@@ -77,11 +78,14 @@ def fill(checkpoint, out, model, optimizers=()):
         states = checkpoint["optimizers"] if optimizers else []
         for optimizer, saved in zip(optimizers, states, strict=bool(states)):  # an imported model has none
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            for number, state in dict(saved)["state"].items():
+            kept = dict(saved)["state"]
+            if kept.keys() not in (set(), set(range(len(weights)))):  # an optimizer that has made no update has none
+                raise ValueError("an optimizer lacks the state of some weights")
+            for number, state in kept.items():
                 like = {name: STEP if name == "step" else weights[number] for name in KEPT[type(optimizer)]}
                 check_tensors(state, like)
             groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            optimizer.load_state_dict({"state": kept, "param_groups": groups})
     except Exception as error:
         hint = "choose another --out to start over"
         raise UserError(f"the checkpoint in {out} does not fit its config ({first_line(error)}): {hint}") from None
@@ -93,7 +97,9 @@ def check_tensors(saved, expected):
     def kind(value):
         return (value.is_meta, value.layout, value.dtype, *value.shape) if isinstance(value, torch.Tensor) else None
 
-    if wrong := [name for name in expected | saved if kind(saved.get(name)) != kind(expected.get(name))]:
+    if saved.keys() != expected.keys():
+        raise ValueError(f"{min(saved.keys() ^ expected.keys(), key=str)} is missing, or too much")
+    if wrong := [name for name in expected if kind(saved[name]) != kind(expected[name])]:
         raise ValueError(f"{wrong[0]} is of another kind")
 
 
@@ -123,6 +129,8 @@ def load_checkpoint(out, Config, step=0):
             read_checkpoint(numbered(out, kept), Config)
             hint = f"continue from an older one with  --resume_from={kept}"
             break
+    if step and not path.exists() and (out / "ckpt.pt").exists():
+        hint = "leave out --resume_from to continue from the newest"
     raise UserError(f"{problem}: {hint}")
 
 
@@ -156,15 +164,6 @@ def read_about(out):
         raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
 
 
-def dtype_taken(out, saved=None):
-    """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
-    machine may be busier now, and decide otherwise."""
-    try:
-        return read_about(out)["config"]["dtype"]
-    except (UserError, KeyError):
-        return saved["config"]["dtype"] if saved else "auto"
-
-
 def check_facts(began, now, out):
     """UserError if one of the facts {name: value} with which a run began is another now. Numbers may differ by
     rounding; a fact that the run does not have is not compared."""
@@ -189,7 +188,7 @@ def check_facts(began, now, out):
 def save_checkpoint(out, checkpoint, keep=1, before=None):
     """Write ckpt.pt. To keep several, the one that it replaces, of step `before`, stays under its number; those beyond
     `keep` are removed."""
-    if keep > 1 and before is not None:
+    if keep > 1 and before is not None and (out / "ckpt.pt").exists():
         numbered(out, before).unlink(missing_ok=True)
         try:  # a second name, which costs no room, until another file takes the place of ckpt.pt
             os.link(out / "ckpt.pt", numbered(out, before))
@@ -201,13 +200,15 @@ def save_checkpoint(out, checkpoint, keep=1, before=None):
 
 
 def go_back(out, step):
-    """Make the checkpoint of a step the newest. What the run wrote after it gets names that start with left_."""
+    """Make the checkpoint of a step the newest. What the run wrote after it goes to a folder left_1, left_2, …"""
+    left = next(path for number in itertools.count(1) if not (path := out / f"left_{number}").exists())
+    left.mkdir()
     later = [numbered(out, kept) for kept in kept_steps(out) if kept > step]
     for path in [*later, out / "log.jsonl", out / "ckpt.pt"]:
         if path.exists():
-            path.replace(path.with_name(f"left_{path.name}"))
+            path.replace(left / path.name)
     numbered(out, step).replace(out / "ckpt.pt")
-    say(f"going back to step {step}: what was written after it is kept as {out}/left_*, which you may delete")
+    say(f"going back to step {step}: what was written after it is kept in {left}, which you may delete")
 
 
 class Run:
@@ -225,11 +226,12 @@ class Run:
         self.out, self.from_file = Path(keys["out"]), from_file
         self.lock = lock_folder(self.out) if RANK == 0 and self.out.exists() else None
         resume = keys["resume"] or keys["resume_from"] or RESTARTS > 0
-        # After a restart by torchrun, the run has gone back already
-        self.back_to = keys["resume_from"] if not RESTARTS or numbered(self.out, keys["resume_from"]).exists() else 0
+        self.back_to = keys["resume_from"]
+        if self.back_to and RESTARTS and read_about(self.out)["config"].get("resume_from") == self.back_to:
+            self.back_to = 0  # torchrun has restarted a run that has gone back already
         saved = load_checkpoint(self.out, Config, self.back_to) if resume else None
-        if resume and keys["dtype"] == "auto":
-            options = options | {"dtype": dtype_taken(self.out, saved)}
+        if saved and keys["dtype"] == "auto":  # what it took then, since the machine may be busier now
+            options = options | {"dtype": saved["config"].get("dtype", "auto")}
         if saved:
             self.config = Config.resumed(saved, from_file, options | {"out": keys["out"]})
         else:
@@ -255,6 +257,7 @@ class Run:
 
     def note_extension(self, before):
         """Say so if a run is extended whose learning rate had begun to fall, as the config `before` says."""
+        before = self.config.defaults() | before
         fall = round(before["max_steps"] - before["decay_steps"])
         if self.config.max_steps > before["max_steps"] and self.start > fall:
             earlier = next((f", or go back with  --resume_from={s}" for s in kept_steps(self.out) if s <= fall), "")
@@ -352,5 +355,6 @@ class Run:
     def stopped(self, step):
         """Say where a signal stopped the run; returns the exit status."""
         state = "checkpoint saved" if self.saved == step else self.newest
-        say(f"stopped at step {step}, {state}: the same command with --resume continues")
+        instead = " instead of --resume_from" if self.config.resume_from else ""
+        say(f"stopped at step {step}, {state}: the same command with --resume{instead} continues")
         return 128 + (machine.stop or signal.SIGTERM)

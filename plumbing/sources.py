@@ -131,7 +131,7 @@ def read_files(files, documents, key, skipped):
                     if DELIMITER in text and documents != "endoftext":
                         skipped.note(f"texts with {DELIMITER} as plain text (--documents=endoftext cuts there)", path)
                     yield from parts(text, SEPARATORS[documents]) if documents else [text]
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, NotImplementedError) as error:
             how = "files used only up to an error" if used else "files not used because of an error"
             skipped.note(f"{how} ({type(error).__name__})", path)
 

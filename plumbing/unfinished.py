@@ -42,7 +42,8 @@ def examine(out, settings, fingerprint):
         if not state["shards"]:
             return fresh
         held = [open_shard(shard_path(out, index)).tokens for index in range(state["shards"])]
-        if all(state[key] == fresh[key] for key in ("settings", "fingerprint")) and sum(held) == written(state):
+        whole = state.keys() == fresh.keys() and type(state["used"]) is int and sum(held) == written(state)
+        if whole and all(state[key] == fresh[key] for key in ("settings", "fingerprint")):
             return state
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # a damaged file

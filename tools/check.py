@@ -121,7 +121,7 @@ def sentences(found, weight, dtype, in_float32):
         same = (found == results) | (found.isnan() & results.isnan())
         clear = same | (rest < 0.01 * errors) & rest.isfinite()
         causes.append((cause, clear, clear | (rest <= 2 * TOLERANCE[dtype] * (results.abs() + unit))))
-    sizes = (errors / (scale + found.abs())).nan_to_num(1)
+    sizes = (errors / torch.maximum(expected.abs(), found.abs())).nan_to_num(1)
     for (region, here), k in itertools.product(REGIONS.items(), range(4)):
         bad = wrong[k] & here
         if not bad.any():

@@ -57,9 +57,8 @@ for activation in xielu relu2 swiglu; do
 done
 part small-deterministic 45 -m tools.bench step "$SMALL" --seconds="$EACH" --deterministic "$@"
 
-# At last, if 20 seconds are left for each, trainings on the bytes of Python's library: that it trains, not how well
-if [ "$(left)" -ge 60 ]; then
-    python - "$OUT" <<'END'
+# At last, while 20 seconds are left, trainings on the bytes of Python's library: that it trains, not how well
+python - "$OUT" <<'END'
 import sys
 import sysconfig
 from pathlib import Path
@@ -71,11 +70,10 @@ tokens = np.frombuffer(b"".join(map(Path.read_bytes, files)), np.uint8).astype("
 for split, part in (("val", tokens[:100_000]), ("train", tokens[100_000:])):
     Path(sys.argv[1], f"bytes_{split}.bin").write_bytes(shard_header(part.dtype, len(part)) + part.tobytes())
 END
-    for activation in xielu relu2 swiglu; do
-        part "train-$activation" 60 train.py "$SMALL" --data="$OUT" --out="$OUT/train-$activation" --resume \
-            --tokens_per_step=65536 --max_steps=100 --warmup_steps=0.1 --decay_steps=0.4 --eval_tokens=100000 \
-            --activation=$activation "$@"
-    done
-fi
+for activation in xielu relu2 swiglu; do
+    part "train-$activation" 60 train.py "$SMALL" --data="$OUT" --out="$OUT/train-$activation" --resume \
+        --tokens_per_step=65536 --max_steps=100 --warmup_steps=0.1 --decay_steps=0.4 --eval_tokens=100000 \
+        --activation=$activation "$@"
+done
 if [ $unfinished = 0 ]; then echo "all parts have finished: $OUT"; else echo "the same command runs the rest"; fi
 exit $unfinished
