@@ -241,8 +241,8 @@ def prepare(args):
             discard(out)
             (out / "meta.json.part").unlink()
             raise UserError(f"{source} is too short: {written(state)} tokens, where both splits need 2 (--val_tokens)")
-        about = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "splits": splits, "source": source}
-        write_json(out / "meta.json", about | {"settings": settings})
+        metadata = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "splits": splits, "source": source}
+        write_json(out / "meta.json", metadata | {"settings": settings})
         (out / "meta.json.part").unlink()
         for split, counts in splits.items():
             print(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in counts.items() if number))

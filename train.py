@@ -33,7 +33,7 @@ from plumbing.machine import RANK, WORLD, say
 from plumbing.run import Run
 
 READERS = 4  # threads that read batches ahead, since a shared disk takes milliseconds per read
-BAD_STEPS = 10  # so many steps in a row whose loss or gradient is not finite end the run
+BAD_STEPS = 10  # stop after this many consecutive steps whose loss or gradient is not finite
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def train(argv):
     optimizers = make_optimizers(model, config)
     run.restore(model, optimizers)
     compile_model(model, config)
-    trained = model if WORLD == 1 else distribute(model)
+    ddp_model = model if WORLD == 1 else distribute(model)
     run.open(device, dtype)
 
     # The loop. Each round evaluates, takes the gradient, saves and updates, in this order, so that the weights that are
@@ -158,7 +158,7 @@ def train(argv):
         # 2. the gradient of this step's batch
         began = time.perf_counter()
         machine.seed_randomness(device, (config.seed, step, RANK))  # of a dropout, say: a resumed run draws the same
-        loss, grad_norm = compute_gradient(trained, next(batch_of_step), config)
+        loss, grad_norm = compute_gradient(ddp_model, next(batch_of_step), config)
         [loss], stopping = machine.agree([loss / WORLD], device)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
 

@@ -169,8 +169,8 @@ def backward_pass(x, grad, alpha_p, alpha_n, beta):
 
 
 def computed_once(alpha):
-    """alpha, which as_strided wants to find in memory: without it, a compiled model would compute the softplus of the
-    raw scalar again for every element."""
+    """alpha itself, stored in memory. Without this, a compiled model would move the softplus into the kernel and
+    compute it again for every element; what as_strided reads is stored first."""
     return alpha.as_strided((), ())
 
 

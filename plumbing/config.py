@@ -122,8 +122,8 @@ class Keys:
     @classmethod
     def resumed(cls, saved, from_file, options):
         """The object to resume with, from {"config": …, "from_file": …} of a checkpoint: the saved config, changed by
-        what the config file says now and did not say then, and by the command line. UserError if that changes a FIXED
-        key."""
+        the keys edited in the config file since the checkpoint, and by the command line. UserError if that changes a
+        FIXED key."""
         then = saved["from_file"]
         changes = {name: value for name, value in from_file.items() if value != then.get(name, value)} | options
         for name in cls.FIXED:

@@ -83,9 +83,9 @@ def open_shard(path):
     dtype = FORMATS.get((magic, version))
     if dtype is None:
         raise UserError(f"{path} is not a shard: magic number {magic} and version {version} are of no known format")
-    held = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
-    if held != tokens:
-        raise UserError(f"{path} is damaged: its header says {tokens} tokens, but it holds {held:g}; prepare it again")
+    found = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
+    if found != tokens:
+        raise UserError(f"{path} is damaged: its header says {tokens} tokens, but it holds {found:g}; prepare it again")
     return Shard(path, dtype, tokens)
 
 
@@ -130,9 +130,9 @@ def read_meta(folder):
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is malformed ({error!r}): prepare the data again, or delete it") from None
     for split in ("train", "val"):
-        stated, held = meta["splits"][split]["tokens"], sum(shard.tokens for shard in find_shards(folder, split))
-        if stated != held:
-            raise UserError(f"{path} says {stated} {split} tokens, but the shards hold {held}: prepare the data again")
+        stated, found = meta["splits"][split]["tokens"], sum(shard.tokens for shard in find_shards(folder, split))
+        if stated != found:
+            raise UserError(f"{path} says {stated} {split} tokens, but the shards hold {found}: prepare the data again")
     return meta
 
 
@@ -161,8 +161,8 @@ ORDER_VERSION = 1
 
 
 def shuffled(index, n, seed, epoch):
-    """Where a random permutation of 0 … n − 1, fixed by (seed, epoch), takes each number in `index`: int64, as long.
-    `epoch` is one for all numbers, or one for each.
+    """Apply the epoch's permutation of 0 … n − 1, fixed by (seed, epoch), to `index`: int64 of the same length. `epoch`
+    is one number, or one per element of `index`.
 
     A stored permutation would need memory for n numbers. Instead, a Feistel network permutes all numbers of an even
     number of bits, by hashing one half of the bits into the other; a number that lands at n or above goes through it
@@ -171,13 +171,13 @@ def shuffled(index, n, seed, epoch):
     half = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
     mask = np.uint64((1 << int(half)) - 1)
     index = np.array(index, np.uint64)
-    key = mix(mix(np.full(len(index), seed % 2**64, np.uint64)) + np.asarray(epoch, np.uint64))
-    keys = [mix(key + np.uint64(k)) for k in range(1, 7)]
+    base = mix(mix(np.full(len(index), seed % 2**64, np.uint64)) + np.asarray(epoch, np.uint64))
+    round_keys = [mix(base + np.uint64(k)) for k in range(1, 7)]
     pending = np.ones(len(index), bool)
     while pending.any():
         left, right = index[pending] >> half, index[pending] & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right + key[pending]) & mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right + round_key[pending]) & mask)
         index[pending] = left << half | right
         pending = index >= n
     return index.astype(np.int64)

@@ -94,10 +94,10 @@ def faster_dtype():
     """(dtype, reason) by timing a linear layer on this CPU. No flag tells: with AVX512-BF16 alone, bfloat16 is
     several times as fast as float32 on an AMD EPYC, and slower on an Intel Xeon (results/README.md)."""
     speeds = {dtype: linear_speed(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    told = " and ".join(f"{speed / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, speed in speeds.items())
+    summary = " and ".join(f"{speed / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, speed in speeds.items())
     # if linear layers gain less than this, casts and everything else in a step eat it up
     faster = speeds[torch.bfloat16] >= 1.3 * speeds[torch.float32]
-    return torch.bfloat16 if faster else torch.float32, f"a linear layer computes {told} here"
+    return torch.bfloat16 if faster else torch.float32, f"a linear layer computes {summary} here"
 
 
 # Dense bf16 peak in FLOP/s by what the device's name contains (from the makers' data sheets); the first match counts
@@ -241,7 +241,7 @@ def gathered(value):
 # Stopping, all processes together
 
 # Why this process wants to stop: the number of a signal, or an error that it alone may have met; 0 if it does not. It
-# must not end in the middle of an exchange with the others, so it goes on until they `agree`.
+# must not end in the middle of an exchange with the others, so it continues until they `agree`.
 stop = 0
 PARENT = os.getppid()
 

@@ -41,8 +41,8 @@ def examine(out, settings, fingerprint):
         state = json.loads(unfinished.read_text("utf-8"))
         if not state["shards"]:
             return fresh
-        held = [open_shard(shard_path(out, index)).tokens for index in range(state["shards"])]
-        whole = state.keys() == fresh.keys() and type(state["used"]) is int and sum(held) == written(state)
+        actual_tokens = [open_shard(shard_path(out, index)).tokens for index in range(state["shards"])]
+        whole = state.keys() == fresh.keys() and type(state["used"]) is int and sum(actual_tokens) == written(state)
         if whole and all(state[key] == fresh[key] for key in ("settings", "fingerprint")):
             return state
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

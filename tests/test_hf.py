@@ -188,8 +188,8 @@ def test_mlx(exported):
     [
         ("xielu", False, "arcee with xielu runs in transformers alone, its scalars in bf16"),
         ("xielu", True, "apertus with xielu runs in transformers, vLLM, SGLang, llama.cpp and mlx-lm"),
-        ("geglu", False, "llama with gelu runs in transformers alone: llama.cpp and mlx-lm would compute SwiGLU"),
-        ("gelu", False, "arcee with gelu runs in transformers alone: llama.cpp would compute ReLU²"),
+        ("geglu", False, "llama with gelu runs in transformers alone: llama.cpp and mlx-lm would silently compute"),
+        ("gelu", False, "arcee with gelu runs in transformers alone: llama.cpp would silently compute ReLU²"),
     ],
 )
 def test_what_is_written(runs, tmp_path, capsys, activation, qk_norm, runs_in):

@@ -115,6 +115,7 @@ def sentences(found, weight, dtype, in_float32):
     value, right, name = *((part / weight).flatten()[worst] for part in (found, expected)), RESULTS[worst // len(X)]
     first = f"{name} is {value:.12g} instead of {right:.12g} at x = {X[worst % len(X)]:.12g}"
 
+    # of each cause: clear, where it gives what was found and the right formula does not; near, where it may do so
     causes, lines = [], {}
     for cause, results in suspects(found, weight, dtype, in_float32):
         rest = (found - results).abs()
@@ -128,13 +129,14 @@ def sentences(found, weight, dtype, in_float32):
             continue
         for cause, clear, near in causes:
             # many formulas agree near 0, so there a cause must hold for all x ≤ 0, unless it is one of these x alone
-            rows = X <= 0 if here is NEAR_0 and cause != EPS else here
-            in_f = k == 0 or (region, cause) in lines or cause not in dict(VARIANTS)  # where a wrong formula shows
-            if in_f and near[k, rows].all() and clear[k, bad].double().mean() > 0.5:
+            must_fit = X <= 0 if here is NEAR_0 and cause != EPS else here
+            # a wrong formula shows in f: it is named for a gradient only if it was for f
+            allowed = k == 0 or (region, cause) in lines or cause not in dict(VARIANTS)
+            if allowed and near[k, must_fit].all() and clear[k, bad].double().mean() > 0.5:
                 break
-        else:
-            rows = f"{bad.sum()} of {here.sum()} rows, x from {X[bad].min():.3g} to {X[bad].max():.3g}"
-            cause = f"wrong in {rows}, by {sizes[k, bad].median():.2g} of their size"
+        else:  # no cause explains it
+            extent = f"{bad.sum()} of {here.sum()} rows, x from {X[bad].min():.3g} to {X[bad].max():.3g}"
+            cause = f"wrong in {extent}, by {sizes[k, bad].median():.2g} of their size"
         lines.setdefault((region, cause), []).append(RESULTS[k])
     others = [f"{', '.join(names)} for {region}: {cause}" for (region, cause), names in lines.items()]
     return [first, *others], ~wrong

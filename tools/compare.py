@@ -580,12 +580,16 @@ def compare(argv):
         tuning = [run for run in tuning if tuned_row(run, options.tune_up_to) == run.row]
         return tuning, read_grid([*others, *dtype, *tried], out, world, key)
 
+    def stand_ins(runs):
+        """One run for each that will be compared, before its tuned value is known: that with the first value."""
+        return [run for run in runs if not key or run.tuned[key] == values[0]]
+
     tuning, plan = grid()
     if seeds := {run.config.seed for run in plan} & {run.config.seed for run in tuning}:
         raise UserError(f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning")
     if unknown := {tuned_row(run, options.tune_up_to) for run in plan} - {run.row for run in plan}:
         raise UserError(f"--tune_up_to={options.tune_up_to:g} is not one of the lengths: there is no {min(unknown)}")
-    plan = [run for run in plan if not key or run.tuned[key] == values[0]]
+    plan = stand_ins(plan)
     device = pick_device(plan[0].config.device)
     at_once = places(options.jobs, world, device)
     if tuning:
@@ -607,11 +611,10 @@ def compare(argv):
         print(f"another comparison writes to {out}: waiting until it ends", flush=True)
         lock = lock_folder(out, wait=True)
     with lock:
-        dtype = share_dtype(tuning + plan, others)[len(others) :]
-        tuning, plan = grid(dtype)
+        tuning, plan = grid(share_dtype(tuning + plan, others)[len(others) :])
         train = partial(run_all, places=at_once, world=world, lock=lock, start=time.monotonic())
         try:
-            failed = train(tuning, later=[run for run in plan if not key or run.tuned[key] == values[0]])
+            failed = train(tuning, later=stand_ins(plan))
             losses = tuned_losses(key, tuning, failed)
             chosen = {name: best_value(tried) for name, tried in losses.items()}
             runs = [run for run in plan if not key or run.tuned[key] == chosen[tuned_row(run, options.tune_up_to)]]

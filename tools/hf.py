@@ -40,8 +40,8 @@ from train import Config
 XIELU = ("xielu", "xielu_reference", "xielu_inverted")  # one function
 EVERYWHERE = "transformers, vLLM, SGLang, llama.cpp and mlx-lm"
 NOT_QK_NORM = "transformers alone, its scalars in bf16 (see --help); trained with qk_norm, it would run in most engines"
-NOT_RELU2 = "transformers alone: llama.cpp would compute ReLU² in its place, without a word"
-NOT_SWIGLU = "transformers alone: llama.cpp and mlx-lm would compute SwiGLU in its place, without a word"
+NOT_RELU2 = "transformers alone: llama.cpp would silently compute ReLU² in its place"
+NOT_SWIGLU = "transformers alone: llama.cpp and mlx-lm would silently compute SwiGLU in its place"
 
 # What transformers has a class for, by its model_type and hidden_act: our activations that it computes, of which an
 # import takes the first, and where such a model runs. Apertus has qk_norm, the others do not.
