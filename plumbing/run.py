@@ -164,6 +164,15 @@ def read_about(out):
         raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
 
 
+def dtype_taken(out, saved):
+    """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
+    machine may be busier now, and decide otherwise."""
+    try:
+        return read_about(out)["config"]["dtype"]
+    except (UserError, KeyError):
+        return saved["config"].get("dtype", "auto") if saved else "auto"
+
+
 def check_facts(began, now, out):
     """UserError if one of the facts {name: value} with which a run began is another now. Numbers may differ by
     rounding; a fact that the run does not have is not compared."""
@@ -230,8 +239,8 @@ class Run:
         if self.back_to and RESTARTS and read_about(self.out)["config"].get("resume_from") == self.back_to:
             self.back_to = 0  # torchrun has restarted a run that has gone back already
         saved = load_checkpoint(self.out, Config, self.back_to) if resume else None
-        if saved and keys["dtype"] == "auto":  # what it took then, since the machine may be busier now
-            options = options | {"dtype": saved["config"].get("dtype", "auto")}
+        if resume and keys["dtype"] == "auto":
+            options = options | {"dtype": dtype_taken(self.out, saved)}
         if saved:
             self.config = Config.resumed(saved, from_file, options | {"out": keys["out"]})
         else:
