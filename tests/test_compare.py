@@ -305,7 +305,7 @@ def test_dry_run(config, tmp_path, capsys):
     assert compare.main(grid) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[-2].startswith("spread: 0.0")
-    assert re.match(r"6 runs, about \d+.\d hours with 1 at once$", lines[-1])
+    assert re.match(r"6 runs, about \d+m\d\ds with 1 at once$", lines[-1])
     assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs per token +20,480 tokens$", lines[5])
     assert not (tmp_path / "out").exists()
     assert compare.main([*grid, "--dim=32,64", "--unmatched"]) == 0

@@ -319,13 +319,13 @@ def show(text, passing=False):
 
 
 def estimate(runs, places, device, dtype):
-    """Hours that these runs take, in words, at 40 % of the speed of this device's matrix products (40 to 50 % is what
+    """How long these runs take, in words, at 40 % of the speed of this device's matrix products (40 to 50 % is what
     the models of configs/ reach). Finished ones take none."""
     flops = sum(run.flops for run in runs if not outcome(run))
     peak = peak_flops(device, dtype) if device.type == "cuda" else linear_speed(dtype) * len(places)
     if not peak:
         return "the speed of this device is not known"
-    return f"about {flops / (0.4 * peak) / 3600:.1f} hours with {len(places)} at once"
+    return f"about {format_seconds(flops / (0.4 * peak))} with {len(places)} at once"
 
 
 # ---------------------------------------------------------------------------------------------------------------
