@@ -215,7 +215,7 @@ def draw_budget(rows, path):
             draw_dot(axis, row, place, number, along="y", label=None if index else activation)
     ticks = sorted({row["tokens"] / row["parameters"] for row in rows})
     axis.set_xscale("log")
-    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:.1f}".removesuffix(".0") for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("tokens per parameter")
     axis.set_ylabel(f"loss − loss of {reference}\n(nats; above 0, {reference} is better)")
