@@ -356,6 +356,7 @@ def test_a_function_that_needs_a_gpu(monkeypatch, capsys):
 
     monkeypatch.setattr(check, "results_of", results_of)
     monkeypatch.setattr(check, "faults_of_use", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check.main(["xielu:xielu_reference"]) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert check.main(["xielu:xielu_reference"]) == 0

@@ -88,6 +88,10 @@ def fault(function, result):
     return FAULT.format(function=function, result=result)
 
 
+# Steps that leave the time to send a signal between them, on any machine
+SLOW = fault("compute_gradient", "_time.sleep(0.05) or _original(*arguments)")
+
+
 def kill(number, function, call, rank=0):
     """The lines by which the process of this rank sends itself a signal in its call number 0, 1, … of a function. Once:
     not after a restart."""
@@ -179,6 +183,8 @@ def test_threads_do_not_spin_while_they_wait(module):
 def test_a_signal_ends_the_step_and_saves(config, tmp_path, out, number):
     options = ["--max_steps=60", "--checkpoint_every=1000", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/whole")
+    clean = config.read_text()
+    config.write_text(clean + SLOW)
     process = launch(config, *options)
     wait_for("^step 7/60", process)
     process.send_signal(number)
@@ -189,6 +195,7 @@ def test_a_signal_ends_the_step_and_saves(config, tmp_path, out, number):
         re.fullmatch(r"stopped at step (\d+), checkpoint saved: the same command with --resume continues", last)[1]
     )
     assert 7 <= stopped < 60 and whole(out)["step"] == stopped
+    config.write_text(clean)
     here(config, *options, "--resume")
     assert log(out) == log(tmp_path / "whole")
 
@@ -228,6 +235,8 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
     """1 → 2 → 2 → 1 processes, which a signal stops: to them, to torchrun, and one that kills torchrun."""
     options = ["--max_steps=60", "--micro_batch_size=2", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/one")
+    clean = config.read_text()
+    config.write_text(clean + SLOW)
     for processes, stop_at, number, expected in ((1, 10, 15, 143), (2, 20, 15, 1), (2, 30, 9, -9)):
         process = launch(config, *options, "--resume", processes=processes)
         wait_for(f"^step {stop_at}/60", process)
@@ -235,6 +244,7 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
         status, text = end(process)
         assert status == expected
         assert len(re.findall(r"^stopped at step \d+, checkpoint saved: .*--resume continues$", text, re.M)) == 1, text
+    config.write_text(clean)
     here(config, *options, "--resume")
     whole(out)
     assert_same_losses(out, tmp_path / "one", rel=1e-5)
