@@ -59,7 +59,7 @@ def read_checkpoint(path, Config):
         for name, kind in PARTS.items():
             part = checkpoint.get(name, "nothing")
             if not isinstance(part, kind) or (isinstance(part, int | float) and not 0 <= part < 1e300):
-                raise ValueError(f"its {name} is missing, or nothing that a run can have")
+                raise ValueError(f"its {name} is missing, or not one that a run can have")
         for name in ("config", "from_file"):
             checkpoint[name] = Config.typed(checkpoint[name], "in it")
         if missing := [name for name in Config.FIXED if name not in checkpoint["config"]]:
@@ -98,7 +98,7 @@ def check_tensors(saved, expected):
         return (value.is_meta, value.layout, value.dtype, *value.shape) if isinstance(value, torch.Tensor) else None
 
     if saved.keys() != expected.keys():
-        raise ValueError(f"{min(saved.keys() ^ expected.keys(), key=str)} is missing, or too much")
+        raise ValueError(f"{min(saved.keys() ^ expected.keys(), key=str)} is missing, or does not belong there")
     if wrong := [name for name in expected if kind(saved[name]) != kind(expected[name])]:
         raise ValueError(f"{wrong[0]} is of another kind")
 
@@ -319,7 +319,7 @@ class Run:
         except (OSError, RuntimeError) as error:
             # torch raises an error of its own on top of the system's
             cause = error if isinstance(error, OSError) else error.__context__
-            reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(cause, "strerror", None) or first_line(error)
             say(f"warning: no checkpoint at step {step} ({reason}); {self.newest}, and training continues")
         return time.perf_counter() - began
 

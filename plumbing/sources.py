@@ -246,7 +246,7 @@ def open_source(name, subset, documents, key, skipped):
         files = stdlib_files() if name == "stdlib" else find_files(name, skipped)
     kinds = {kind(path) for path in files}
     if subset and name != "fineweb-edu":
-        raise UserError("--subset is of fineweb-edu: leave it out")
+        raise UserError("--subset is for fineweb-edu: leave it out")
     if documents and kinds != {".txt"}:
         raise UserError(f"--documents cuts only .txt files, and {name} has others: leave it out")
     if key and not kinds & {".jsonl", ".parquet"}:

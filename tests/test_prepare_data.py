@@ -536,7 +536,7 @@ def test_mistakes(jsonl, tmp_path, capsys):
         ("and fineweb-edu has others", "fineweb-edu", "--documents=lines"),
         ("--text_key is for .jsonl and .parquet, and stdlib has none: leave it out", "stdlib", "--text_key=text"),
         ("b.txt has none", tmp_path / "b.txt", "--text_key=content"),
-        ("--subset is of fineweb-edu", jsonl, "--subset=sample-10BT"),
+        ("--subset is for fineweb-edu", jsonl, "--subset=sample-10BT"),
         ("unknown tokenizer 'gtp2'", jsonl, "--tokenizer=gtp2"),
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=many"),
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=-5"),
