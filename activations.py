@@ -38,19 +38,20 @@ from xielu import XIELU, cast, chain_rule, computed_once, effective_scalar, raw_
 # Integrated gradients
 
 
-def fused(value_of, partials_of):
-    """Make an activation f that passes over memory once each way, as `xielu_fused` does, from two functions of
-    (x, *alphas): value_of returns f(x), partials_of returns f′(x) and ∂f/∂α for each alpha.
+def fused(rows):
+    """Make an activation f that passes over memory once each way, as `xielu_fused` does, from the rows of its table: a
+    function of (x, *alphas) that returns f(x), f′(x) and ∂f/∂α for each alpha. Compiled, each pass computes only the
+    rows that it needs.
 
     Returns apply(x, *alphas) → f(x), of any shape, differentiable once. alphas: effective scalars, tensors of shape (),
     through which gradients reach the raw ones.
     """
 
     def forward_pass(x, *alphas):
-        return cast(value_of(x, *alphas), x.dtype)
+        return cast(rows(x, *alphas)[0], x.dtype)
 
     def backward_pass(x, grad, *alphas):
-        return chain_rule(grad, x.dtype, *partials_of(x, *alphas))
+        return chain_rule(grad, x.dtype, *rows(x, *alphas)[1:])
 
     class Fused(torch.autograd.Function):
         @staticmethod
@@ -98,54 +99,47 @@ class Integral(nn.Module):
         return {name: scalar.item() for name, scalar in self.effective_scalars().items()}
 
 
-# Both from the authors' code, as are the two after them; there, those train β too, and take |raw| for α.
+# The rows of four activations of the authors' code, which trains β too, and takes |raw| for α.
+BETA = 0.5
 
 
-def xiprelu_value(x, alpha_p, alpha_n, beta=0.5):
+def xiprelu_rows(x, alpha_p, alpha_n):
     """The integral of PReLU: αp·x² + β·x for x > 0, αn·x² + β·x for x ≤ 0."""
     z = upcast(x)
-    return (torch.where(z > 0, alpha_p, alpha_n) * z + beta) * z
+    alpha_z = torch.where(z > 0, alpha_p, alpha_n) * z
+    return (alpha_z + BETA) * z, 2 * alpha_z + BETA, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * z)
 
 
-def xiprelu_partials(x, alpha_p, alpha_n, beta=0.5):
-    z = upcast(x)
-    slope = 2 * torch.where(z > 0, alpha_p, alpha_n) * z + beta
-    return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * z)
-
-
-def xssslur2_value(x, alpha_p, alpha_n, beta=0.5):
+def xssslur2_rows(x, alpha_p, alpha_n):
     """xIELU with softsign s(x) = x/(1 + |x|) in place of the exponential: αp·x² + β·x for x > 0, αn·x·s(x) + β·x for
     x ≤ 0. Its gradient falls to β − αn as xIELU's does."""
     z = upcast(x)
-    return (torch.where(z > 0, alpha_p * z, alpha_n * F.softsign(z)) + beta) * z
-
-
-def xssslur2_partials(x, alpha_p, alpha_n, beta=0.5):
-    z = upcast(x)
     s = F.softsign(z)
+    f = (torch.where(z > 0, alpha_p * z, alpha_n * s) + BETA) * z
     # the gradient of x·s(x) is x·(2 + |x|)/(1 + |x|)², which for x ≤ 0 is s·(2 + s)
-    slope = torch.where(z > 0, 2 * alpha_p * z, alpha_n * s * (2 + s)) + beta
-    return slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * s)
+    slope = torch.where(z > 0, 2 * alpha_p * z, alpha_n * s * (2 + s)) + BETA
+    return f, slope, torch.where(z > 0, z * z, 0), torch.where(z > 0, 0, z * s)
 
 
-def plus_cubic(value, partials):
-    """The value and the partials of f(x) + αp3·max(x, 0)³, from those of f."""
+def xielu_rows(x, alpha_p, alpha_n):
+    """xIELU, as xielu.py computes it."""
+    return xielu.value(x, alpha_p, alpha_n, BETA), *xielu.partials(x, alpha_p, alpha_n, BETA)
 
-    def value_of(x, alpha_p, alpha_n, alpha_p3):
-        return value(x, alpha_p, alpha_n, 0.5) + alpha_p3 * torch.relu(upcast(x)) ** 3
 
-    def partials_of(x, alpha_p, alpha_n, alpha_p3):
+def plus_cubic(rows):
+    """The rows of f(x) + αp3·max(x, 0)³, from those of f."""
+
+    def rows_of(x, alpha_p, alpha_n, alpha_p3):
+        f, slope, *others = rows(x, alpha_p, alpha_n)
         positive = torch.relu(upcast(x))
-        slope, *others = partials(x, alpha_p, alpha_n, 0.5)
-        return slope + 3 * alpha_p3 * positive**2, *others, positive**3
+        return f + alpha_p3 * positive**3, slope + 3 * alpha_p3 * positive**2, *others, positive**3
 
-    return value_of, partials_of
+    return rows_of
 
 
-xiprelu = fused(xiprelu_value, xiprelu_partials)
-xiep = fused(*plus_cubic(xielu.value, xielu.partials))  # the integral of PolyReLU and ELU
-xssslur2 = fused(xssslur2_value, xssslur2_partials)
-xssslupr = fused(*plus_cubic(xssslur2_value, xssslur2_partials))
+xiprelu, xssslur2 = fused(xiprelu_rows), fused(xssslur2_rows)
+xiep = fused(plus_cubic(xielu_rows))  # the integral of PolyReLU and ELU
+xssslupr = fused(plus_cubic(xssslur2_rows))
 
 # ---------------------------------------------------------------------------------------------------------------
 # Gates
@@ -227,7 +221,7 @@ class Activation:
 
 XIELU_FORMULA = "αp·x² + βx for x > 0, αn·(eˣ − 1 − x) + βx for x ≤ 0"
 POSITIVE = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, 0.0)}
-ABOVE_BETA = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, 0.5)}
+ABOVE_BETA = {"alpha_p": (0.8, 0.0), "alpha_n": (0.8, BETA)}
 CUBIC = {"alpha_p3": (0.4, 0.0)}
 
 ACTIVATIONS = {
@@ -281,8 +275,8 @@ def load_derived(path):
         return module.ACTIVATION
     except (Exception, SystemExit) as error:
         reason = first_line(error)
-        if isinstance(error, ImportError) and error.name == "xielu":  # where fused and Integral once were
-            reason += "; if an older tools.derive wrote it, delete it and run the command in its first lines"
+        if "fused" in reason or "Integral" in reason:  # which other versions imported or called in other ways
+            reason += "; if another version of tools.derive wrote it, delete it and run the command in its first lines"
         raise UserError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
 
 

@@ -40,7 +40,7 @@ class ModelConfig(Keys):
     n_kv_heads: int = key(6, "key and value heads; fewer than n_heads for grouped queries", low=1)
     ffn_dim: int = key(1536, "width of an ungated MLP; a gated activation gets 2/3 of it", low=1)
     vocab_size: int = key(257, "rows of the embedding; at least the tokenizer's", low=1)
-    seq_len: int = key(256, "tokens per sequence", low=1)
+    seq_len: int = key(256, "tokens per sequence", low=1, most=2**20)
     rope_theta: float = key(500000.0, "base of the rotary frequencies", low=1)
     norm_eps: float = key(1e-6, "epsilon of RMSNorm", low=0)
     qk_norm: bool = key(False, "RMSNorm on each head's queries and keys, before they are rotated")

@@ -131,9 +131,10 @@ def token_widths(encoding):
     return widths
 
 
-def write_shards(stream, out, encoding, sizes, state):
+def write_shards(stream, out, encoding, sizes, state, bar):
     """Write the shards that `state` does not have yet; after each, bring `state` and meta.json.part up to date.
-    `sizes` are the tokens in a shard of each split, "val" and "train", and in "all" shards together."""
+    `sizes` are the tokens in a shard of each split, "val" and "train", and in "all" shards together; `bar` shows those
+    that are written."""
     dtype, widths = token_dtype(encoding.n_vocab), token_widths(encoding)
 
     def write_shard(file):
@@ -142,6 +143,7 @@ def write_shards(stream, out, encoding, sizes, state):
         file.write(bytes(HEADER_BYTES))  # the header needs the number of tokens, so it is written last
         for array in stream.take(min(sizes[split], sizes["all"] - before)):
             file.write(array.astype(dtype).tobytes())
+            bar.update(len(array))
             counts["tokens"] += len(array)
             counts["bytes"] += int(widths[array].sum())
             counts["documents"] += int((array == encoding.eot_token).sum())
@@ -188,28 +190,20 @@ def check_room(out, tokens, dtype):
         raise UserError(f"{out} needs {sizes}: make room, or start with another --out or fewer --tokens")
 
 
-def counted(encoded, most, bar):
-    """The same batches. A progress bar shows their tokens, `most` or fewer."""
-    for position, tokens in encoded:
-        bar.update(min(len(tokens), most - bar.n))
-        yield position, tokens
-
-
 def fill(args, read, encoding, state, skipped):
     """Write the shards that are missing, with a progress bar."""
     from tqdm import tqdm
 
     sizes = {"val": args.val_tokens, "train": args.shard_tokens, "all": args.tokens or math.inf}
-    with tqdm(total=args.tokens, initial=written(state) - state["used"], unit="tok", unit_scale=True) as bar:
+    with tqdm(total=args.tokens, initial=written(state), unit="tok", unit_scale=True) as bar:
         encoded = prefetched(partial(encode, encoding, skipped), read(state["position"]), args.workers)
-        encoded = counted(encoded, sizes["all"], bar)
         if sizes["val"] is None and not state["shards"]:
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
             sizes["val"] = found // 10
         stream = Stream(encoded)
         stream.more()  # reads the batch in which the last complete shard ended
         stream.used = state["used"]
-        write_shards(stream, args.out, encoding, sizes, state)
+        write_shards(stream, args.out, encoding, sizes, state, bar)
 
 
 def prepare(args):

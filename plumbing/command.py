@@ -49,20 +49,25 @@ def refuse_windows(program):
 
 
 def run_command(command, argv, doc, interrupted="interrupted"):
-    """Run command(argv) and return the exit status: what it returns, or 0 for None; 2 after a UserError, which is
-    printed as one line; 130 after Ctrl-C, which prints `interrupted`. --help prints `doc` instead."""
+    """Run command(argv) and return the exit status: what it returns, or 0 for None; 2 after a UserError, or if the disk
+    is full, with one line that says so; 130 after Ctrl-C, which prints `interrupted`. --help prints `doc` instead."""
     if "--help" in argv or "-h" in argv:
         print(doc.strip())
         return 0
     try:
         return command(argv) or 0
-    except (UserError, OSError) as error:
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, UserError | OSError):
+            if "No space left on device" not in text:
+                raise
+            text = f"PyTorch's compiler: {first_line(error)}: make room where TORCHINDUCTOR_CACHE_DIR or TMPDIR is"
         # Of processes that torchrun started, the first prints, and torchrun ends the others. If it does not, the first
         # one of each node prints.
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            print("error:", " ".join(text.split()), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)

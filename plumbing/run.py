@@ -66,7 +66,7 @@ def read_checkpoint(path, Config):
             raise ValueError(f"its config lacks {missing[0]}")
         return checkpoint
     except Exception as error:
-        raise UserError(first_line(error)) from None
+        raise UserError(getattr(error, "strerror", None) or first_line(error)) from None
 
 
 def fill(checkpoint, out, model, optimizers=()):
@@ -74,6 +74,8 @@ def fill(checkpoint, out, model, optimizers=()):
     tensors have other names, shapes or dtypes than theirs."""
     try:
         check_tensors(checkpoint["model"], model.state_dict())
+        if not all(weight.isfinite().all() for weight in checkpoint["model"].values()):
+            raise ValueError("one of its weights is not finite")
         model.load_state_dict(checkpoint["model"])
         states = checkpoint["optimizers"] if optimizers else []
         for optimizer, saved in zip(optimizers, states, strict=bool(states)):  # an imported model has none

@@ -22,6 +22,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from plumbing import run as run_module
 from plumbing.command import UserError
 from plumbing.run import check_facts, read_checkpoint, save_checkpoint
 from runs import ROOT, assert_same_losses, error, here, launch, log, run, settings_restored
+from tools.check import check
 from tools.sample import load_run
 
 
@@ -147,10 +149,11 @@ def test_killed_while_the_compiler_writes(config, tmp_path, monkeypatch):
     monkeypatch.setattr(xielu, "can_compile", lambda device: False)
     whole = Path(_ctypes.__file__).read_bytes()
     (tmp_path / "ab").mkdir()
-    for number, content in enumerate((whole, whole[:-1], bytes(2000), b"")):
-        (tmp_path / "ab" / f"c{number}.main.so").write_bytes(content)
-    here(config, "--compile", "--max_steps=7")
-    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["c0.main.so"]
+    for compile_something in (partial(here, config, "--compile", "--max_steps=7"), partial(check, ["math:gcd"])):
+        for number, content in enumerate((whole, whole[:-1], bytes(2000), b"")):
+            (tmp_path / "ab" / f"c{number}.main.so").write_bytes(content)
+        compile_something()
+        assert [path.name for path in (tmp_path / "ab").iterdir()] == ["c0.main.so"]
 
 
 @pytest.mark.slow
@@ -389,6 +392,16 @@ def test_a_full_disk(config, small_disk):
     assert [r["step"] for r in log(out) if r["kind"] == "train"] == list(range(1, 401))  # nothing is missing
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_while_the_model_is_compiled(config, small_disk, monkeypatch):
+    """There is room for what PyTorch's first try writes, and not for a layer."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(small_disk))
+    (small_disk / "ballast").write_bytes(bytes(2**20 - 300_000))
+    text = run(config, "--compile", status=2)
+    assert "error: PyTorch's compiler: " in text and "No space left on device: make room where" in text
+    assert text.count("Error: ") == 1 and "Traceback" not in text
+
+
 # ------------------------------------------------------------------------------------------------ damaged files
 
 
@@ -404,7 +417,8 @@ def test_the_checkpoint_before_is_offered(config, out, capsys):
     (out / "ckpt_00000008.pt").write_bytes(damaged)
     assert "--resume_from=4" in error(capsys, config, "--resume")
     (out / "ckpt.pt").unlink()  # somebody deleted it
-    assert "No such file" in (message := error(capsys, config, "--resume")) and "--resume_from=4" in message
+    assert "ckpt.pt cannot be read (No such file" in (message := error(capsys, config, "--resume"))
+    assert "--resume_from=4" in message
     assert "--resume_from=4" in error(capsys, config, "--resume_from=8")
     assert "choose another --out" in error(capsys, config, "--resume_from=2")
     here(config, "--resume_from=4", "--keep_checkpoints=1")
@@ -511,7 +525,8 @@ def test_a_checkpoint_with_anything_in_it(config, out, capsys):
     here(config, *options, "--max_steps=7")
     state = torch.load(out / "ckpt.pt", weights_only=True)
     used = Counter()
-    for place, value in itertools.product(PLACES, HOSTILE):
+    not_finite = ["model", "norm.weight"], torch.full_like(state["model"]["norm.weight"], math.nan)
+    for place, value in (*itertools.product(PLACES, HOSTILE), not_finite):
         torch.save(replaced(state, place, value), out / "ckpt.pt")
         with contextlib.suppress(UserError):
             load_run(out, "cpu", torch.float32)

@@ -191,13 +191,10 @@ def test_compiled_parts_equal_eager_and_keep_names(activation):
 DERIVED = """
 from activations import Activation, Integral, fused
 
-def value(x, a, b):
-    return a * x * x + b * x
+def rows(x, a, b):
+    return a * x * x + b * x, 2 * a * x + b, x * x, x
 
-def partials(x, a, b):
-    return 2 * a * x + b, x * x, x
-
-ACTIVATION = Activation("a·x² + b·x", lambda: Integral(fused(value, partials), {"a": (1.0, 0.0), "b": (0.5, None)}))
+ACTIVATION = Activation("a·x² + b·x", lambda: Integral(fused(rows), {"a": (1.0, 0.0), "b": (0.5, None)}))
 """
 
 

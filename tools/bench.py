@@ -272,6 +272,7 @@ def bench(argv):
     dtype = machine.pick_dtype(config.dtype, device)
     machine.be_deterministic(device, config.deterministic)
     xielu.COMPILE = config.compile
+    machine.mend_compiler_cache()
     # every activation is a variant of the same functions, and variants beyond this limit would run uncompiled
     torch._dynamo.config.recompile_limit = 64
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"

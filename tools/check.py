@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.command import Parser, UserError, run_command
+from plumbing.machine import mend_compiler_cache
 from tools.hf import read_tensors
 
 VECTORS = json.loads(Path(__file__).with_name("xielu_vectors.json").read_text("utf-8"))
@@ -278,6 +279,7 @@ def check(argv):
     if is_folder:
         return check_folder(Path(target))
     function = load(NAMES.get(target, target))
+    mend_compiler_cache()
     outcomes, right = [], torch.zeros_like(EXPECTED, dtype=torch.bool)
     for dtype in TOLERANCE:
         torch.compiler.reset()  # after eight variants of a compiled function, the next would not be compiled

@@ -38,7 +38,7 @@ import xielu
 from activations import ACTIVATIONS, curve
 from plumbing.command import Parser, UserError, refuse_windows, run_command
 from plumbing.files import write_atomically
-from plumbing.machine import say
+from plumbing.machine import mend_compiler_cache, say
 from tools.plot import line_style, new_figure, save
 
 FOLDER = Path("derived")
@@ -236,7 +236,7 @@ def rows(x{names}):
     )
 
 
-apply = fused(lambda *numbers: rows(*numbers)[0], lambda *numbers: rows(*numbers)[1:])
+apply = fused(rows)
 ACTIVATION = Activation("{formula}", lambda: Integral(apply, {scalars}))
 '''
 
@@ -368,6 +368,7 @@ def derive(argv):
     sys.modules["draft"] = draft  # torch.compile looks for the functions' globals there
     exec(text, vars(draft))
     say("checking its code, compiled and not, against numerical integration")
+    mend_compiler_cache()
     for shift in (0, -1.2, 1.2):
         check_values(draft, gradients, trained, fixed, shift)
     module = draft.ACTIVATION.module().double()
