@@ -139,6 +139,7 @@ class Attention(nn.Module):
         cos, sin = cos[:, None], sin[:, None]  # the same angles for every head
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, heads, T, D); k and v with their fewer heads
+        # written out in bf16 it would be 8 % faster on a CPU, but torch 2.13 compiles it to a NaN in the gradient of k
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -292,6 +293,7 @@ def chunk_rows(rows, vocab_size, gpu_memory=None):
 
 def chunk_loss(x, weight, targets):
     """Summed cross-entropy in float32 of hidden states x (N, C) with targets (N,), by the head's weight (V, C)."""
+    # not torch's linear_cross_entropy, which rounds the loss to bf16, breaks the graph, and is not in torch 2.11
     logits = F.linear(x, weight.to(x.dtype))
     return F.cross_entropy(upcast(logits), targets, ignore_index=IGNORE, reduction="sum")
 

@@ -149,9 +149,8 @@ def test_an_activation_of_your_own(corpus, tmp_path):
     assert "| smooth_relu2 " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["compare_english", "ladder", "derive"])
-def test_the_tables_are_those_of_the_results(name):
-    table = re.search(r"(^\|.*\n)+", (ROOT / f"results/{name}/results.md").read_text("utf-8"), re.M)[0]
+def test_the_table_is_that_of_the_results():
+    table = re.search(r"(^\|.*\n)+", (ROOT / "results/compare_english/results.md").read_text("utf-8"), re.M)[0]
     assert table.startswith("| activation") and table in TEXT
 
 

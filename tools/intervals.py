@@ -5,8 +5,8 @@ so seeds are blocks: a loss is modelled as the sum of an effect of its row, an e
 residuals of all rows that are compared with one reference are pooled into one standard deviation with (rows − 1) ·
 (seeds − 1) degrees of freedom. A difference is that of two means over the same seeds. Its interval is Dunnett's: with
 95 % probability, all intervals of one reference contain the true differences. If an interval contains zero, the
-difference is not significant. A seed that a row lacks is left out of all rows. The effect is the difference in
-residual standard deviations.
+difference is not significant. A seed that a row lacks is left out of all rows. The effect is the difference divided by
+the residual standard deviation.
 """
 
 import bisect
