@@ -145,11 +145,6 @@ xssslupr = fused(plus_cubic(xssslur2_rows))
 # Gates
 
 
-def sigmoid(x):
-    """σ(x), the gate of SiLU."""
-    return torch.sigmoid(x)
-
-
 def normal_cdf(x):
     """Φ(x), the gate of GELU. erfc keeps the digits of the far negative tail, where 1 + erf rounds to 0."""
     return 0.5 * torch.erfc(-x / math.sqrt(2))
@@ -244,7 +239,7 @@ ACTIVATIONS = {
 
 # {g(x): (g, names of the self-gated activation and of the linear units of first and second order)}
 GATES = {
-    "σ(x)": (sigmoid, ("silu", "glu", "swiglu")),
+    "σ(x)": (torch.sigmoid, ("silu", "glu", "swiglu")),
     "Φ(x)": (normal_cdf, ("gelu", "gglu", "geglu")),
     "(arctan(x)/π + ½)": (arctan, ("atlu", "aglu", "atglu")),
     "(x/(1 + |x|) + 1)/2": (softsign, ("ssslu", "ssglu", "sssglu")),

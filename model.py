@@ -11,11 +11,12 @@ bf16 runs), while norms, rotary angles and the loss are computed in float32.
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from activations import get_activation
 from plumbing.command import UserError
@@ -54,11 +55,8 @@ class ModelConfig(Keys):
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.gated and self.ffn_dim % 3:
-            below = self.ffn_dim // 3 * 3
-            raise UserError(
-                f"ffn_dim={self.ffn_dim} does not divide by 3, as the gated {self.activation!r} needs "
-                f"(it gets 2/3 of the width): the nearest that does is {f'{below} or ' if below else ''}{below + 3}"
-            )
+            needs = f"as the gated {self.activation!r} needs (it gets 2/3 of the width)"
+            raise UserError(f"ffn_dim={self.ffn_dim} does not divide by 3, {needs}: take {self.ffn_dim // 3 * 3 + 3}")
 
     @property
     def head_dim(self):
@@ -86,16 +84,11 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) · weight, with the root mean square over the last dimension, computed in float32."""
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x):
-        return F.rms_norm(upcast(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return super().forward(upcast(x)).to(x.dtype)
 
 
 def rope_table(seq_len, head_dim, theta):
@@ -123,8 +116,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.v_proj = Linear(config.dim, config.n_kv_heads * self.head_dim)
         self.o_proj = Linear(config.n_heads * self.head_dim, config.dim)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        norm = RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(self.head_dim, config.norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin):
         """(B, T, C) → (B, T, C). q and k are rotated before they are transposed: in memory's own order, which saves a
@@ -134,10 +127,8 @@ class Attention(nn.Module):
         weight = torch.cat([proj.weight for proj in (self.q_proj, self.k_proj, self.v_proj)])
         heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split(self.heads, dim=-2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos[:, None], sin[:, None]  # the same angles for every head
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, heads, T, D); k and v with their fewer heads
         # written out in bf16 it would be 8 % faster on a CPU, but torch 2.13 compiles it to a NaN in the gradient of k
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -176,7 +167,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """tokens (B, T) → logits (B, T, vocab_size), or, given targets (B, T), their cross-entropy in nats per token."""
+    """tokens (B, T) → logits (B, T, vocab_size), or, given targets (B, T), their cross-entropy: "mean" (nats per token)
+    or "sum"."""
 
     def __init__(self, config: ModelConfig, compute_dtype=torch.float32, seed=0):
         super().__init__()
@@ -231,18 +223,13 @@ class Llama(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        return self.loss(x, targets, reduction)
-
-    def loss(self, x, targets, reduction):
-        """Cross-entropy of the final hidden states x (B, T, C) with targets (B, T), those equal to IGNORE left out;
-        reduction "mean" (nats per token) or "sum". Never more than chunk_rows rows of logits at a time."""
-        x, targets, weight = x.flatten(0, 1), targets.flatten(), self.lm_head.weight
+        # The loss, those targets equal to IGNORE left out; never more than `rows` rows of logits at a time
+        x, targets, weight, loss = x.flatten(0, 1), targets.flatten(), self.lm_head.weight, self.chunk_loss
         memory = torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else None
         rows = chunk_rows(len(x), self.config.vocab_size, memory)
-        if len(x) > rows and torch.is_grad_enabled():
-            total = ChunkedLoss.apply(x, weight, targets, rows, self.chunk_loss)
-        else:
-            total = sum(self.chunk_loss(h, weight, t) for h, t in zip(x.split(rows), targets.split(rows)))
+        if len(x) > rows:  # the backward pass computes a chunk's logits again, rather than keep those of all chunks
+            loss = partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False)
+        total = sum(loss(h, weight, t) for h, t in zip(x.split(rows), targets.split(rows)))
         return total / (targets != IGNORE).sum() if reduction == "mean" else total
 
     def compile_parts(self):
@@ -296,29 +283,3 @@ def chunk_loss(x, weight, targets):
     # not torch's linear_cross_entropy, which rounds the loss to bf16, breaks the graph, and is not in torch 2.11
     logits = F.linear(x, weight.to(x.dtype))
     return F.cross_entropy(upcast(logits), targets, ignore_index=IGNORE, reduction="sum")
-
-
-class ChunkedLoss(torch.autograd.Function):
-    """The sum of chunk_loss over chunks of `rows` rows. The forward pass computes each chunk's gradient while it has
-    the logits, so that they are neither kept for the backward pass nor computed twice."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, rows, chunk_loss):
-        cast_weight = weight.detach().to(x.dtype).requires_grad_()  # once, rather than for every chunk
-        total, grad_x, grad_weight = 0, [], torch.zeros_like(weight)
-        for h, t in zip(x.detach().split(rows), targets.split(rows)):
-            h.requires_grad_()
-            with torch.enable_grad():
-                loss = chunk_loss(h, cast_weight, t)
-            grad_h, grad_w = torch.autograd.grad(loss, (h, cast_weight))
-            total += loss.detach()
-            grad_x.append(grad_h)
-            grad_weight += grad_w  # in float32
-        ctx.save_for_backward(torch.cat(grad_x), grad_weight)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None, None

@@ -30,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.command import Parser, UserError, run_command, whole_number
+from plumbing.command import Parser, UserError, program, whole_number
 from plumbing.data import HEADER_BYTES, prefetched, shard_header, token_dtype
-from plumbing.files import lock_folder, write_atomically
+from plumbing.files import lock_folder, write_atomically, write_json
 from plumbing.sources import PIECE, SEPARATORS, Skipped, open_source
 from plumbing.tokenizer import get_tokenizer
-from plumbing.unfinished import discard, examine, shard_path, write_json, written
+from plumbing.unfinished import discard, examine, shard_path, written
 
 MOST_VAL_TOKENS = 1_000_000  # unless --val_tokens says otherwise
 
@@ -206,8 +206,9 @@ def fill(args, read, encoding, state, skipped):
         write_shards(stream, args.out, encoding, sizes, state, bar)
 
 
-def prepare(args):
+def prepare(argv):
     """Write the shards and the meta.json that the command line asks for."""
+    args = parse(argv)
     out, skipped = args.out, Skipped()
     source, fingerprint, read = open_source(args.source, args.subset, args.documents, args.text_key, skipped)
     encoding = get_tokenizer(args.tokenizer)
@@ -245,10 +246,7 @@ def prepare(args):
         print(f"written to {out}")
 
 
-def main(argv):
-    interrupted = "interrupted: the same command continues from the last whole shard"
-    return run_command(lambda argv: prepare(parse(argv)), argv, __doc__, interrupted)
-
+main = program(prepare, interrupted="interrupted: the same command continues from the last whole shard")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -26,7 +26,7 @@ import xielu
 from activations import check_activation, facts_of
 from model import IGNORE, Llama, ModelConfig
 from plumbing import machine
-from plumbing.command import UserError, format_seconds, run_command
+from plumbing.command import UserError, format_seconds, program
 from plumbing.config import check_divides, key
 from plumbing.data import bits_per_byte, open_data, prefetched, validation_batches
 from plumbing.machine import RANK, WORLD, say
@@ -116,19 +116,19 @@ def train(argv):
     # The run: its config, and how far it is. Up to `run.open`, what is refused leaves nothing behind.
     run = Run(Config, *Config.read_command(argv))
     config, end = run.config, run.config.max_steps
-    if run.finished:
+    if run.start == end and end in run.validated:
         say(f"{config.out} is finished: step {end} of {end}")
         return 0
 
-    # The data
+    # The activation and the data: they must be usable, and those that the run began with
+    xielu.COMPILE = config.compile
+    check_activation(config.activation, config.mlp_dim, config.compile)
     corpus, validation, meta, facts = open_data(config, say)
     run.keep(facts | facts_of(config.activation))
 
-    # The machine, and whether model and activation can be trained on it
+    # The machine, and whether the model can be trained on it
     device = machine.pick_device(config.device)
     check_memory(config, device)
-    xielu.COMPILE = config.compile
-    check_activation(config.activation, config.mlp_dim, config.compile)
     machine.be_deterministic(device, config.deterministic)
     machine.join_processes(device, (config.out, config.dtype, run.start, sorted(run.validated)))
     dtype = machine.pick_dtype(config.dtype, device, say)
@@ -205,9 +205,7 @@ def train(argv):
     if RANK == 0 and (run.unwritten or run.saved != end):
         raise UserError(f"{config.out} is trained, but not all of it is written: make room on the disk, then --resume")
     say(f"finished in {format_seconds(run.seconds)} of training: {config.out}")
-    say(
-        f"see its curve and its text:  python -m tools.plot loss {config.out}  and  python -m tools.sample {config.out}"
-    )
+    say(f"its curve and its text:  python -m tools.plot loss {config.out}  and  python -m tools.sample {config.out}")
     return 0
 
 
@@ -350,9 +348,7 @@ def update(optimizers, lr):
         optimizer.step()
 
 
-def main(argv):
-    return run_command(train, argv, f"{__doc__}\n{Config.help()}")
-
+main = program(train, f"{__doc__}\n{Config.help()}")
 
 if __name__ == "__main__":
     machine.end_with(main)

@@ -1,6 +1,7 @@
 """Command lines: how options are read, and how a mistake becomes one line and a status."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ def first_line(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors. --help is left to run_command."""
+    """An argument parser whose errors are UserErrors. --help is left to `program`."""
 
     def __init__(self, prog):
         super().__init__(prog=prog, add_help=False, allow_abbrev=False)
@@ -27,12 +28,9 @@ class Parser(argparse.ArgumentParser):
 
 def whole_number(text):
     """A whole number of at least 1 from 1000000, 1_000_000 or 1e6."""
-    try:
-        value = float(text)
-        if value >= 1 and value.is_integer():
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) >= 1 and value.is_integer():
             return int(value)
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
 
 
@@ -48,27 +46,32 @@ def refuse_windows(program):
         raise UserError(f"{program} needs Linux, macOS or WSL: it uses signals that Windows lacks")
 
 
-def run_command(command, argv, doc, interrupted="interrupted"):
-    """Run command(argv) and return the exit status: what it returns, or 0 for None; 2 after a UserError, or if the disk
-    is full, with one line that says so; 130 after Ctrl-C, which prints `interrupted`. --help prints `doc` instead."""
-    if "--help" in argv or "-h" in argv:
-        print(doc.strip())
-        return 0
-    try:
-        return command(argv) or 0
-    except Exception as error:
-        text = str(error)
-        if not isinstance(error, UserError | OSError):
-            if "No space left on device" not in text:
-                raise
-            text = f"PyTorch's compiler: {first_line(error)}: make room where TORCHINDUCTOR_CACHE_DIR or TMPDIR is"
-        # Of processes that torchrun started, the first prints, and torchrun ends the others. If it does not, the first
-        # one of each node prints.
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("error:", " ".join(text.split()), file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+def program(command, doc=None, interrupted="interrupted"):
+    """The main(argv) of a program, which does command(argv) and returns the exit status: what the command returns, or 0
+    for None; 2 after a UserError, or if the disk is full, with one line that says so; 130 after Ctrl-C, which prints
+    `interrupted`. --help prints `doc` instead; None: that of the command's file."""
+
+    def main(argv):
+        if "--help" in argv or "-h" in argv:
+            print((doc or sys.modules[command.__module__].__doc__).strip())
+            return 0
+        try:
+            return command(argv) or 0
+        except Exception as error:
+            text = str(error)
+            if not isinstance(error, UserError | OSError):
+                if "No space left on device" not in text:
+                    raise
+                text = f"PyTorch's compiler: {first_line(error)}: make room where TORCHINDUCTOR_CACHE_DIR or TMPDIR is"
+            # Of processes that torchrun started, the first prints, and torchrun ends the others. If it does not, the
+            # first one of each node prints.
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(5)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("error:", " ".join(text.split()), file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print(f"\n{interrupted}", file=sys.stderr)
+            return 130
+
+    return main

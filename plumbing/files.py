@@ -1,5 +1,6 @@
 """Files that are never half written, and folders that have one writer."""
 
+import json
 import os
 
 from plumbing.command import UserError
@@ -24,6 +25,11 @@ def write_atomically(path, write):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path, content):
+    """Write a JSON file atomically."""
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
 
 
 def lock_folder(folder, wait=False):

@@ -7,7 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
-import time
+import timeit
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -82,12 +82,7 @@ def pick_dtype(name, device, tell=lambda text: None):
 def linear_speed(dtype):
     """FLOP/s of a linear layer on this CPU, timed."""
     x, weight = torch.randn(4096, 384).to(dtype), torch.randn(1536, 384).to(dtype)
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        F.linear(x, weight)
-        seconds.append(time.perf_counter() - began)
-    return 2 * x.numel() * len(weight) / min(seconds)
+    return 2 * x.numel() * len(weight) / min(timeit.repeat(lambda: F.linear(x, weight), repeat=6, number=1))
 
 
 def faster_dtype():

@@ -1,7 +1,6 @@
 """The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it, and none
 of its files is ever half written."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -19,7 +18,7 @@ import torch
 
 from plumbing import machine
 from plumbing.command import UserError, first_line, format_seconds
-from plumbing.files import lock_folder, write_atomically
+from plumbing.files import lock_folder, write_atomically, write_json
 from plumbing.machine import LOCAL_RANK, RANK, RESTARTS, WORLD, device_name, git_commit, say
 
 # To be increased when older checkpoints no longer load
@@ -125,15 +124,12 @@ def load_checkpoint(out, Config, step=0):
     try:
         return read_checkpoint(path, Config)
     except UserError as error:
-        problem, hint = f"checkpoint {path} cannot be read ({error})", "choose another --out to start over"
-    for kept in older:
-        with contextlib.suppress(UserError):
-            read_checkpoint(numbered(out, kept), Config)
-            hint = f"continue from an older one with  --resume_from={kept}"
-            break
-    if step and not path.exists() and (out / "ckpt.pt").exists():
-        hint = "leave out --resume_from to continue from the newest"
-    raise UserError(f"{problem}: {hint}")
+        hint = "choose another --out to start over"
+        if older:
+            hint = "continue from an older one with  " + " or ".join(f"--resume_from={kept}" for kept in older)
+        elif step and (out / "ckpt.pt").exists():
+            hint = "leave out --resume_from to continue from the newest"
+        raise UserError(f"checkpoint {path} cannot be read ({error}): {hint}") from None
 
 
 def read_log(path, step=math.inf):
@@ -274,10 +270,6 @@ class Run:
             earlier = next((f", or go back with  --resume_from={s}" for s in kept_steps(self.out) if s <= fall), "")
             say(f"note: the learning rate has fallen since step {fall}, and returns to {self.config.lr:g} now{earlier}")
 
-    @property
-    def finished(self):
-        return self.start == self.config.max_steps and self.start in self.validated
-
     def keep(self, facts):
         """Check that these facts are those with which the run began, and keep them in each checkpoint."""
         check_facts(self.facts, facts, self.out)
@@ -303,7 +295,7 @@ class Run:
             origin |= {"device": device_name(device), "commit": git_commit()}
             about = self.about | {"origin": origin}
             lines = "".join(json.dumps(record) + "\n" for record in self.records)
-            write_atomically(self.out / "config.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+            write_json(self.out / "config.json", about)
             write_atomically(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
             self.log_file = open(self.out / "log.jsonl", "ab", buffering=0)
 

@@ -6,7 +6,6 @@ import re
 
 from plumbing.command import UserError
 from plumbing.data import open_shard, read_meta
-from plumbing.files import write_atomically
 
 REMEDY = "choose another --out, or delete it"
 
@@ -48,11 +47,6 @@ def examine(out, settings, fingerprint):
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # a damaged file
     raise UserError(f"{out} holds unfinished data whose settings, source or shards have changed: {REMEDY}")
-
-
-def write_json(path, content):
-    """Write a JSON file atomically."""
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
 
 
 def discard(out, keep=0):

@@ -82,7 +82,7 @@ MISTAKES = [
     ("raise SystemError", "", "does not run: SystemError"),
     ("exit(0)", "", "does not run: SystemExit: 0"),
     ("", "--activation=relu3", "unknown activation 'relu3'"),
-    ("activation = 'swiglu'", "--ffn_dim=50", "nearest that does is 48 or 51"),
+    ("activation = 'swiglu'", "--ffn_dim=50", "take 51"),
     ("", "--warmup_steps=10", "warmup_steps=10 and decay_steps=4 do not fit into max_steps=12"),
     ("", "--n_heads=3", "n_heads=3"),
     ("", "--max_steps=0", "max_steps must be at least 1"),
@@ -231,10 +231,9 @@ def test_auto_dtype(monkeypatch):
 
 @pytest.mark.parametrize("ratio, expected", [(1.31, torch.bfloat16), (1.29, torch.float32)])
 def test_auto_dtype_on_a_cpu(monkeypatch, ratio, expected):
-    """Twelve timings of 1 s in float32 and 1 / ratio in bfloat16 (each has a beginning and an end)."""
-    durations = [ratio] * 6 + [1.0] * 6
-    ticks = iter([tick for seconds in durations for tick in (0.0, seconds)])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks))
+    """A linear layer that takes `ratio` s in float32 and 1 s in bfloat16."""
+    times = iter([[ratio] * 6, [1.0] * 6])
+    monkeypatch.setattr(machine.timeit, "repeat", lambda *_, **__: next(times))
     dtype, reason = machine.faster_dtype()
     assert dtype == expected and re.search(r"\d GFLOP/s in float32 and \d+ GFLOP/s in bfloat16", reason)
 

@@ -1,6 +1,5 @@
-"""The runs of a folder without their weights, in one file: runs.jsonl. Its first line is what they share; each other
-line is a run, with what is its own and its log by columns. So the evidence of a comparison is kept beside its table,
-and tools.compare and tools.plot read it as they read the folders."""
+"""The runs of a folder without their weights, in one file: runs.jsonl, a run per line. It keeps the evidence of a
+comparison beside its table, and tools.compare and tools.plot read it as they read the folders."""
 
 import functools
 import json
@@ -20,42 +19,15 @@ def read_run(out):
 @functools.cache
 def read_archive(folder):
     """{name of a run: (about, records)}; {} if the folder has no archive."""
-    try:
-        lines = (folder / "runs.jsonl").read_text("utf-8").splitlines()
-    except OSError:
-        return {}
-    shared, *runs = map(json.loads, lines)
-    archive = {}
-    for run in runs:
-        about = {part: values | run["about"].get(part, {}) for part, values in shared.items()}
-        records = [
-            {"kind": kind} | dict(zip(columns, row))
-            for kind, columns in run["log"].items()
-            for row in zip(*columns.values())
-        ]
-        archive[run["run"]] = about, sorted(records, key=lambda record: (record["step"], record["kind"] == "val"))
-    return archive
+    path = folder / "runs.jsonl"
+    runs = map(json.loads, path.read_text("utf-8").splitlines() if path.exists() else [])
+    return {run["run"]: (run["about"], run["log"]) for run in runs}
 
 
 def write_archive(folder, names):
     """Write the archive of the runs of these names in a folder; those that are in its archive already stay."""
     runs = {name: read_run(folder / name) for name in sorted(names | read_archive(folder).keys())}
-    if not runs:
-        return
-    abouts = [about for about, _ in runs.values()]
-    shared = {
-        part: {name: value for name, value in values.items() if all(a[part].get(name) == value for a in abouts)}
-        for part, values in abouts[0].items()
-    }
-    lines = [shared]
-    for name, (about, records) in runs.items():
-        log = {}
-        for kind in dict.fromkeys(record["kind"] for record in records):
-            own = [record for record in records if record["kind"] == kind]
-            names = dict.fromkeys(name for record in own for name in record if name != "kind")
-            log[kind] = {name: [record.get(name) for record in own] for name in names}
-        own = {part: {n: v for n, v in about[part].items() if n not in shared[part]} for part in shared}
-        lines.append({"run": name, "about": own, "log": log})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(folder / "runs.jsonl", lambda file: file.write(text.encode()))
-    read_archive.cache_clear()
+    lines = [json.dumps({"run": name, "about": about, "log": log}) + "\n" for name, (about, log) in runs.items()]
+    if lines:
+        write_atomically(folder / "runs.jsonl", lambda file: file.write("".join(lines).encode()))
+        read_archive.cache_clear()

@@ -23,12 +23,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.utils.benchmark import Timer
 
 import xielu
 from activations import get_activation
 from model import Llama, chunk_rows
 from plumbing import machine
-from plumbing.command import Parser, UserError, run_command, whole_number
+from plumbing.command import Parser, UserError, program, whole_number
 from train import Config, compile_model, make_optimizers, update
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -37,43 +38,17 @@ from train import Config, compile_model, make_optimizers, update
 TURNS = 5
 
 
-def medians(jobs, device, seconds):
-    """{name: seconds per call} of {name: function}. Each is called for `seconds` to warm up, and then for about as long
-    in each of several turns with the others; the median of the turns."""
-    calls = {name: warm_up(job, device, seconds) for name, job in jobs.items()}
-    turns = [{name: seconds_per_call(job, calls[name], device) for name, job in jobs.items()} for _ in range(TURNS)]
+def medians(jobs, seconds):
+    """{name: seconds per call} of {name: function}: the median of several turns. Each is called for about so many
+    seconds to warm up, and then as long in each turn; a GPU is waited for before and after, not between calls."""
+    threads = torch.get_num_threads()
+    timers = {name: Timer("job()", globals={"job": job}, num_threads=threads) for name, job in jobs.items()}
+
+    def turn():
+        return {name: timer.blocked_autorange(min_run_time=seconds).median for name, timer in timers.items()}
+
+    _, *turns = [turn() for _ in range(TURNS + 1)]
     return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
-
-
-def warm_up(job, device, seconds):
-    """Call job() once, which may compile it, and then for so many seconds. Returns the number of calls that fit."""
-    synchronize = torch.get_device_module(device).synchronize
-    job()
-    synchronize()
-    calls, end = 0, time.perf_counter() + seconds
-    while calls == 0 or time.perf_counter() < end:
-        job()
-        synchronize()
-        calls += 1
-    return calls
-
-
-def seconds_per_call(job, calls, device):
-    """Seconds per call of job(), called so many times without waiting in between. On CUDA by the device's own clock:
-    starting a kernel and waiting for it can take as long as the kernel itself."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            job()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-    start = time.perf_counter()
-    for _ in range(calls):
-        job()
-    torch.get_device_module(device).synchronize()
-    return (time.perf_counter() - start) / calls
 
 
 def bytes_kept(function, inputs, without=()):
@@ -128,7 +103,7 @@ def kernel(config, device, dtype, seconds):
         jobs[name, "forward"] = partial(module, x)
         jobs[name, "both"] = partial(gradients, module, x, gradient)
         kept[name] = bytes_kept(module, [x]) / x.numel()
-    times = medians(jobs, device, seconds)
+    times = medians(jobs, seconds)
     copy, relu2 = times["copy"], times["relu2 compiled", "both"]
     print(f"{tokens} × {columns} elements in {str(dtype)[6:]}; a copy moves {2 * x.nbytes / copy / 1e9:.1f} GB/s\n")
     print_row("", "forward, ms", "of copy, %", "backward, ms", "of copy, %", "both / relu2", "bytes kept")
@@ -162,13 +137,13 @@ def step(config, device, dtype, seconds):
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         update(optimizers, lr=0.0)  # the weights stay as they are
 
-    times = medians({"micro-batch": micro_batch, "update": clip_and_update}, device, seconds)
+    times = medians({"micro-batch": micro_batch, "update": clip_and_update}, seconds)
     peak_memory, peak = machine.peak_memory(device), machine.peak_flops(device, dtype)
     tokens = config.micro_batch_size * config.seq_len
     count = config.tokens_per_step // tokens
     flops = model.flops_per_token() * tokens / times["micro-batch"]
     x, weight = (torch.randn(rows, config.dim, device=device).to(dtype) for rows in (tokens, config.ffn_dim))
-    matmul = medians({"matmul": partial(F.linear, x, weight)}, device, seconds)["matmul"]
+    matmul = medians({"matmul": partial(F.linear, x, weight)}, seconds)["matmul"]
     rate = 2 * x.numel() * config.ffn_dim / matmul
     figures = {
         "micro-batch, ms": times["micro-batch"] * 1e3,
@@ -280,9 +255,7 @@ def bench(argv):
     {"kernel": kernel, "step": step}[options.command](config, device, dtype, options.seconds)
 
 
-def main(argv):
-    return run_command(bench, argv, __doc__)
-
+main = program(bench)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

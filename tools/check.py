@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from plumbing.command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, program
 from plumbing.machine import mend_compiler_cache
 from tools.hf import read_tensors
 
@@ -290,9 +290,7 @@ def check(argv):
     return 0 if "sound" in outcomes and "faulty" not in outcomes else 1
 
 
-def main(argv):
-    return run_command(check, argv, __doc__)
-
+main = program(check)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

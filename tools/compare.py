@@ -39,7 +39,7 @@ import torch
 
 from activations import facts_of, short_name
 from model import Llama
-from plumbing.command import Parser, UserError, format_seconds, refuse_windows, run_command, whole_number
+from plumbing.command import Parser, UserError, format_seconds, program, refuse_windows, whole_number
 from plumbing.config import ROOT
 from plumbing.data import open_data
 from plumbing.files import lock_folder
@@ -414,9 +414,8 @@ def compare_rows(reference, group):
         )
     if not compared:
         return rows, []
-    differences, half, sd = intervals.differences(
-        [[group[name][seed][1]["loss"] for seed in rows[0]["seeds"]] for name in group]
-    )
+    by_row = [[group[name][seed][1]["loss"] for seed in rows[0]["seeds"]] for name in group]
+    differences, half, sd = intervals.differences(by_row)
     for row, difference in zip(rows[1:], map(float, differences)):
         row["difference"] = difference
         if half is not None:
@@ -534,11 +533,8 @@ def draw_figures(runs, rows, tuning, key, out):
         if run.tokens == longest:
             groups.setdefault(run.row, []).append(run.out)
     several = len({row["tokens"] for row in rows}) > 1
-    figures = {
-        "budget.png" if several else "difference.png": partial(
-            plot.draw_budget if several else plot.draw_difference, rows
-        )
-    }
+    name, draw = ("budget.png", plot.draw_budget) if several else ("difference.png", plot.draw_difference)
+    figures = {name: partial(draw, rows)}
     figures["loss.png"] = partial(plot.draw_loss, [folder for group in groups.values() for folder in group])
     figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in groups.items()}
     figures |= {"tune.png": partial(plot.draw_tuning, tuning, key)} if tuning else {}
@@ -558,6 +554,7 @@ def draw_figures(runs, rows, tuning, key, out):
 
 def compare(argv):
     """Run a comparison; the exit status, 1 if one of its runs failed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     parser = Parser("python -m tools.compare")
     parser.add_argument("--out")
     parser.add_argument("--dry_run", action="store_true")
@@ -632,10 +629,7 @@ def compare(argv):
     return 1 if wrong else 0
 
 
-def main(argv):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    return run_command(compare, argv, __doc__, "interrupted: the same command continues from here")
-
+main = program(compare, interrupted="interrupted: the same command continues from here")
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -36,7 +36,7 @@ from sympy.codegen.cfunctions import expm1, log1p
 
 import xielu
 from activations import ACTIVATIONS, curve
-from plumbing.command import Parser, UserError, refuse_windows, run_command
+from plumbing.command import Parser, UserError, program, refuse_windows
 from plumbing.files import write_atomically
 from plumbing.machine import mend_compiler_cache, say
 from tools.plot import line_style, new_figure, save
@@ -81,10 +81,8 @@ FUNCTIONS |= {
 }
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 # names that the written file, or a line of the log, uses for something else
-TAKEN = set(
-    "x p m pi torch rows apply dtype number numbers fused Activation ACTIVATION Integral kind step tokens".split()
-)
-TAKEN |= {"seconds", "loss", "perplexity", "bits_per_byte", *FUNCTIONS, *keyword.kwlist}
+TAKEN = {*"x p m pi torch rows apply dtype number numbers fused Activation ACTIVATION Integral".split()}
+TAKEN |= {*"kind step tokens seconds loss perplexity bits_per_byte".split(), *FUNCTIONS, *keyword.kwlist}
 
 
 def read_scalars(text, bounds, taken=()):
@@ -381,9 +379,7 @@ def derive(argv):
     say(f"python train.py configs/demo.py --activation={path} --out=out/{name}")
 
 
-def main(argv):
-    return run_command(derive, argv, __doc__)
-
+main = program(derive)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from plumbing.command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, program
 from plumbing.run import read_about, read_log
 
 
@@ -97,9 +97,7 @@ def follow(argv):
     print(f"{options.run} is finished")
 
 
-def main(argv):
-    return run_command(follow, argv, __doc__)
-
+main = program(follow)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

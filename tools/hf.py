@@ -19,7 +19,6 @@ loads all digits (strict=False, because the file holds a tied output head only o
 """
 
 import importlib.util
-import json
 import shutil
 import sys
 from dataclasses import fields
@@ -29,7 +28,8 @@ from textwrap import shorten
 import torch
 
 from model import Llama, ModelConfig
-from plumbing.command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, program
+from plumbing.files import write_json
 from plumbing.run import save_checkpoint
 from tools.sample import imported_tokenizer, load_run, own_encoding
 from train import Config
@@ -247,10 +247,6 @@ def copy_tokenizer(source, target):
         shutil.copy(file, target)
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Export and import
 
@@ -329,9 +325,7 @@ def convert(argv):
     print(f"written to {options.target}")
 
 
-def main(argv):
-    return run_command(convert, argv, __doc__)
-
+main = program(convert)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

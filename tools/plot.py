@@ -19,7 +19,7 @@ import torch
 
 import xielu
 from activations import ACTIVATIONS, curve, short_name
-from plumbing.command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, program
 from tools.archive import read_run
 from tools.intervals import differences
 
@@ -356,9 +356,7 @@ def draw(argv):
     print(f"figure: {path}")
 
 
-def main(argv):
-    return run_command(draw, argv, __doc__)
-
+main = program(draw)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

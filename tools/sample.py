@@ -27,7 +27,7 @@ import xielu
 from activations import facts_of
 from model import Llama
 from plumbing import machine
-from plumbing.command import Parser, UserError, run_command, whole_number
+from plumbing.command import Parser, UserError, program, whole_number
 from plumbing.config import check_limits
 from plumbing.run import check_facts, fill, load_checkpoint
 from plumbing.tokenizer import get_tokenizer
@@ -193,9 +193,7 @@ def sample(argv):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv):
-    return run_command(sample, argv, __doc__)
-
+main = program(sample)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from mpmath import exp, expm1, log, log1p, mpf, workdps
 
-from plumbing.command import Parser, run_command
+from plumbing.command import Parser, program
 
 PATH = Path(__file__).with_name("xielu_vectors.json")
 BETA = 0.5
@@ -68,9 +68,7 @@ def write(argv):
     PATH.write_text(text(), "utf-8")
 
 
-def main(argv):
-    return run_command(write, argv, __doc__)
-
+main = program(write)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
