@@ -210,8 +210,12 @@ class Activation:
     gated: bool = False
 
     def build(self, width):
-        """The module, for an MLP of this width."""
-        return self.module(width) if "width" in inspect.signature(self.module).parameters else self.module()
+        """The module, for an MLP of this width; UserError if it is none."""
+        module = self.module(width) if "width" in inspect.signature(self.module).parameters else self.module()
+        if not isinstance(module, nn.Module):
+            what = f"{type(module).__name__} is not a torch.nn.Module"
+            raise UserError(f"the activation {self.formula}: {what}: write a class whose forward calls it")
+        return module
 
 
 XIELU_FORMULA = "αp·x² + βx for x > 0, αn·(eˣ − 1 − x) + βx for x ≤ 0"
@@ -300,8 +304,6 @@ def check_activation(name, width, compiles):
     activation, at = get_activation(name), ""
     try:
         module = activation.build(width)
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"{type(module).__name__} is not a torch.nn.Module: write a class whose forward calls it")
         f = torch.compile(module, backend="eager", fullgraph=True) if compiles else module
         for dtype in (torch.float32, torch.bfloat16):
             at = f" in {str(dtype)[6:]}"

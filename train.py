@@ -120,15 +120,13 @@ def train(argv):
         say(f"{config.out} is finished: step {end} of {end}")
         return 0
 
-    # The activation and the data: they must be usable, and those that the run began with
-    xielu.COMPILE = config.compile
-    check_activation(config.activation, config.mlp_dim, config.compile)
+    # The data, the machine, and whether model and activation can be trained on it
     corpus, validation, meta, facts = open_data(config, say)
-    run.keep(facts | facts_of(config.activation))
-
-    # The machine, and whether the model can be trained on it
     device = machine.pick_device(config.device)
     check_memory(config, device)
+    xielu.COMPILE = config.compile
+    check_activation(config.activation, config.mlp_dim, config.compile)
+    run.keep(facts | facts_of(config.activation))  # they must be those that the run began with
     machine.be_deterministic(device, config.deterministic)
     machine.join_processes(device, (config.out, config.dtype, run.start, sorted(run.validated)))
     dtype = machine.pick_dtype(config.dtype, device, say)

@@ -121,6 +121,19 @@ def test_mistakes_get_one_line_and_leave_nothing(config, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == [config]
 
 
+def test_an_activation_that_breaks_its_contract(config, tmp_path, capsys):
+    """Whatever it breaks; test_activations.py has the others."""
+    unused = "def make():\n    m = torch.nn.ReLU()\n    m.unused = torch.nn.Parameter(torch.ones(1))\n    return m\n"
+    for name, code, message in (
+        ("tanh", "make = lambda: torch.tanh\n", "is not a torch.nn.Module: write a class"),
+        ("unused", unused, "unused gets no gradient: use it in forward"),
+    ):
+        path = tmp_path / f"{name}.py"
+        path.write_text(f"import torch\nfrom activations import Activation\n{code}ACTIVATION = Activation('x', make)\n")
+        for options in ([], ["--tokens_per_parameter=1"]):
+            assert message in error(capsys, config, f"--activation={path}", *options)
+
+
 def test_help_lists_every_key(capsys):
     assert train.main(["--help"]) == 0
     text = capsys.readouterr().out
