@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import math
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -123,6 +124,13 @@ def test_commands_that_need_no_hours_run(elsewhere, monkeypatch, capsys):
         code = next(block for kind, block in FENCE.findall(TEXT) if kind == "python" and "transformers" in block)
         exec(code, {})
         assert capsys.readouterr().out.startswith("def ")
+
+
+@pytest.mark.parametrize("name", ["bench", "check", "compare", "derive", "follow", "hf", "plot", "sample", "vectors"])
+def test_a_tool_that_is_started_as_a_file(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: start it as  python -m tools.{name}\n"
 
 
 def test_an_activation_of_your_own(corpus, tmp_path):

@@ -25,6 +25,10 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.benchmark import Timer
 
+if not __package__:
+    print("error: start it as  python -m tools.bench", file=sys.stderr)
+    sys.exit(2)
+
 import xielu
 from activations import get_activation
 from model import Llama, chunk_rows

@@ -24,6 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+if not __package__:
+    print("error: start it as  python -m tools.check", file=sys.stderr)
+    sys.exit(2)
+
 from plumbing.command import Parser, UserError, program
 from plumbing.machine import mend_compiler_cache
 from tools.hf import read_tensors

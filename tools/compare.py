@@ -37,6 +37,10 @@ from pathlib import Path
 
 import torch
 
+if not __package__:
+    print("error: start it as  python -m tools.compare", file=sys.stderr)
+    sys.exit(2)
+
 from activations import facts_of, short_name
 from model import Llama
 from plumbing.command import Parser, UserError, format_seconds, program, refuse_windows, whole_number

@@ -34,6 +34,10 @@ import torch
 from scipy.integrate import fixed_quad
 from sympy.codegen.cfunctions import expm1, log1p
 
+if not __package__:
+    print("error: start it as  python -m tools.derive", file=sys.stderr)
+    sys.exit(2)
+
 import xielu
 from activations import ACTIVATIONS, curve
 from plumbing.command import Parser, UserError, program, refuse_windows

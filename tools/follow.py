@@ -15,6 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+if not __package__:
+    print("error: start it as  python -m tools.follow", file=sys.stderr)
+    sys.exit(2)
+
 from plumbing.command import Parser, UserError, program
 from plumbing.run import read_about, read_log
 

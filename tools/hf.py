@@ -27,6 +27,10 @@ from textwrap import shorten
 
 import torch
 
+if not __package__:
+    print("error: start it as  python -m tools.hf", file=sys.stderr)
+    sys.exit(2)
+
 from model import Llama, ModelConfig
 from plumbing.command import Parser, UserError, program
 from plumbing.files import write_json

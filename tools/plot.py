@@ -17,6 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+if not __package__:
+    print("error: start it as  python -m tools.plot", file=sys.stderr)
+    sys.exit(2)
+
 import xielu
 from activations import ACTIVATIONS, curve, short_name
 from plumbing.command import Parser, UserError, program

@@ -23,6 +23,10 @@ from pathlib import Path
 
 import torch
 
+if not __package__:
+    print("error: start it as  python -m tools.sample", file=sys.stderr)
+    sys.exit(2)
+
 import xielu
 from activations import facts_of
 from model import Llama

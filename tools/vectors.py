@@ -13,6 +13,10 @@ from pathlib import Path
 import torch
 from mpmath import exp, expm1, log, log1p, mpf, workdps
 
+if not __package__:
+    print("error: start it as  python -m tools.vectors", file=sys.stderr)
+    sys.exit(2)
+
 from plumbing.command import Parser, program
 
 PATH = Path(__file__).with_name("xielu_vectors.json")
