@@ -223,7 +223,7 @@ class Llama(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.lm_head(x)
-        # The loss, those targets equal to IGNORE left out; never more than `rows` rows of logits at a time
+        # The loss. Targets equal to IGNORE are left out, and no more than `rows` rows of logits are held at a time
         x, targets, weight, loss = x.flatten(0, 1), targets.flatten(), self.lm_head.weight, self.chunk_loss
         memory = torch.cuda.get_device_properties(x.device).total_memory if x.is_cuda else None
         rows = chunk_rows(len(x), self.config.vocab_size, memory)

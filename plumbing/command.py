@@ -62,7 +62,8 @@ def program(command, doc=None, interrupted="interrupted"):
             if not isinstance(error, UserError | OSError):
                 if "No space left on device" not in text:
                     raise
-                text = f"PyTorch's compiler: {first_line(error)}: make room where TORCHINDUCTOR_CACHE_DIR or TMPDIR is"
+                # which PyTorch's compiler and safetensors raise as errors of their own
+                text = f"{first_line(error)}: make room (compiled code is in TORCHINDUCTOR_CACHE_DIR, or in TMPDIR)"
             # Of processes that torchrun started, the first prints, and torchrun ends the others. If it does not, the
             # first one of each node prints.
             if os.environ.get("RANK", "0") != "0":

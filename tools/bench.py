@@ -93,6 +93,7 @@ def gradients(module, x, gradient):
 def kernel(config, device, dtype, seconds):
     """Time each activation on a micro-batch of ffn_dim columns, beside a copy of it. "of copy" is the rate of what it
     must read and write in the rate of the copy."""
+    machine.mend_compiler_cache()
     tokens, columns = config.micro_batch_size * config.seq_len, config.ffn_dim
     if device.type == "cpu":
         tokens = min(tokens, MOST_ON_CPU // columns)
@@ -198,7 +199,8 @@ def memory_of(model, gpu_memory=80e9):
         "gradients (float32)": 4 * parameters,
         "optimizer (float32 moments)": 8 * parameters - 4 * matrices,
         "kept by the layers for backward": config.n_layers * kept_by_layer(config, dtype),
-        # a chunk's logits, whose gradient takes their place; the head's weight and gradient, both cast, and their sum
+        # a chunk's logits, whose gradient takes their place; the head's weight and gradient, both cast, and the latter
+        # in float32
         "logits and loss": rows * config.vocab_size * dtype.itemsize + head * (2 * dtype.itemsize + 4),
     }
 
@@ -251,7 +253,6 @@ def bench(argv):
     dtype = machine.pick_dtype(config.dtype, device)
     machine.be_deterministic(device, config.deterministic)
     xielu.COMPILE = config.compile
-    machine.mend_compiler_cache()
     # every activation is a variant of the same functions, and variants beyond this limit would run uncompiled
     torch._dynamo.config.recompile_limit = 64
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
