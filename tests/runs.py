@@ -96,10 +96,10 @@ def error(capsys, *arguments):
     return stderr
 
 
-def log(out, *leave_out):
+def log(out):
     """The lines of a log, without what depends on the clock."""
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_s", "mfu", *leave_out)
+    clock = ("seconds", "tokens_per_s", "mfu")
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
 
 

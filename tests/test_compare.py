@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,21 +43,16 @@ def launch(output, *arguments):
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-class Ended:
+def ended(status=0):
     """A process that has ended, as compare.run_all sees it."""
-
-    def __init__(self, returncode=0):
-        self.returncode = returncode
-
-    def poll(self):
-        return self.returncode
+    return SimpleNamespace(returncode=status, poll=lambda: status)
 
 
 def in_this_process(run, *_):
     """Instead of compare.launch, where nothing is tested of processes."""
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "output.txt").write_text(here(*run.arguments))
-    return Ended()
+    return ended()
 
 
 def without_speed(out):
@@ -166,7 +162,7 @@ def test_what_is_printed_of_each_run(fake_run, monkeypatch, capsys):
     def fails_at_the_end(run, *_):
         (run.out / "output.txt").write_text("the end\n")
         (run.out / "hidden").rename(run.out / "log.jsonl")
-        return Ended(1)
+        return ended(1)
 
     clock = itertools.count(0, 3600)
     monkeypatch.setattr(compare, "launch", fails_at_the_end)
@@ -197,20 +193,17 @@ def test_grid(config, tmp_path):
     assert [run.out.name for run in runs] == [f"{name}-seed={seed}" for seed in (2, 1) for name in activations]
     assert runs[3].case == {"activation": "swiglu", "lr": 0.002} and runs[3].config.seed == 2
     assert runs[0].parameters == runs[2].parameters + 4  # two scalars per layer
-    assert runs[0].flops_per_token == runs[2].flops_per_token
     (only,) = read_grid([config], tmp_path, 1)
     assert only.out.name == "xielu-seed=42" and only.case == {"activation": "xielu"}
     assert [run.config.seed for run in read_grid([config, "--seed=3-5,9"], tmp_path, 1)] == [3, 4, 5, 9]
 
 
 def test_tokens_per_parameter(config, tmp_path):
-    grid = [config, "--activation=xielu,swiglu", "--tokens_per_parameter=2,4", "--warmup_steps=0.1"]
-    runs = read_grid(grid, tmp_path, 1)
+    """test_train.py has the steps that follow from it."""
+    runs = read_grid([config, "--activation=xielu,swiglu", "--tokens_per_parameter=2,4"], tmp_path, 1)
     names = [f"{name}-tokens_per_parameter={ratio}-seed=42" for name in ("xielu", "swiglu") for ratio in (2, 4)]
     assert [run.out.name for run in runs] == names
     assert [run.tokens / runs[2].parameters for run in runs] == pytest.approx([2, 4] * 2, rel=0.01)
-    assert [run.tokens for run in runs[:2]] == [run.tokens for run in runs[2:]]  # α do not count
-    assert runs[0].config.warmup_steps == round(0.1 * runs[0].config.max_steps)
 
 
 def test_places(monkeypatch):
@@ -272,7 +265,6 @@ def test_a_file_in_the_place_of_the_folder(config, corpus, tmp_path, capsys):
         (["--nproc_per_node=0"], "--nproc_per_node: must be a whole number of at least 1, not '0'"),
         (["--nproc_per_node=3"], "does not divide"),
         (["--dim=32,64"], "differ by"),
-        (["--ffn_dim=50", "--activation=relu2,swiglu"], "does not divide by 3"),
         (["more.py"], "give one config file"),
         (["--data=nowhere"], "there is no data folder nowhere"),
         (["--tune=lr=1e-3"], "--tune=lr=1e-3: give two or more values above 0, each of them once"),
@@ -329,7 +321,6 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
     for content, asked, message in [
         (about, longer, "cannot continue: it has max_steps=80, not 50"),
         (about | {"facts": {"the formula of xielu": "max(x, 0)"}}, run, "the formula of xielu changed since the run"),
-        (about | {"facts": {"what xielu computes": [0.0]}}, run, "what xielu computes changed since the run"),
         ([], run, "is not the folder of a run"),
     ]:
         (folder / "config.json").write_text(json.dumps(content))
@@ -341,7 +332,6 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
 
 
 def test_tuned_values_are_typed_and_sorted():
-    assert read_tune("lr=2e-3,0.001", []) == ("lr", [0.001, 0.002])
     assert read_tune("warmup_steps=1e2,50", ["--lr=1"]) == ("warmup_steps", [50, 100])
 
 
@@ -359,14 +349,14 @@ def pretend(monkeypatch):
             run.out.mkdir(parents=True, exist_ok=True)
             if isinstance(final, str):
                 (run.out / "output.txt").write_text(f"{final}\n")
-                return Ended(1)
+                return ended(1)
             record = {"step": run.config.max_steps, "tokens": run.tokens}
             speed = record | {"kind": "train", "tokens_per_s": 100.0 * len(trained)}
             validation = record | {"kind": "val", "loss": final, "bits_per_byte": 2 * final}
             about = {"config": vars(run.config), "facts": {}, "origin": {"device": "none"}}
             (run.out / "config.json").write_text(json.dumps(about))
             (run.out / "log.jsonl").write_text(f"{json.dumps(speed)}\n{json.dumps(validation)}\n")
-            return Ended()
+            return ended()
 
         monkeypatch.setattr(compare, "launch", launch)
         return trained
@@ -413,10 +403,8 @@ def test_long_runs_take_the_value_of_shorter_ones(config, tmp_path, pretend):
     grid = [config, "--activation=xielu,relu2", "--tokens_per_parameter=2,4,8", "--tune=lr=1e-3,2e-3", "--seed=1,2"]
     assert compare.main([*grid, "--tune_up_to=4", f"--out={tmp_path}"]) == 0
     assert not any("parameter=8" in name and "seed=101" in name for name in trained) and len(trained) == 2 * 2 * 2 + 12
-    assert {name: row["lr"] for name, row in rows_of(tmp_path).items() if "=8" in name} == {
-        "xielu tokens_per_parameter=8": "0.001",
-        "relu2 tokens_per_parameter=8": "0.002",
-    }
+    longest = {row["activation"]: row["lr"] for name, row in rows_of(tmp_path).items() if "_parameter=8" in name}
+    assert longest == {"xielu": "0.001", "relu2": "0.002"}
     assert (tmp_path / "budget.png").stat().st_size > 1000
 
 
@@ -520,16 +508,6 @@ def test_finished_runs_are_read_from_the_archive(uninterrupted, tmp_path, capsys
     assert capsys.readouterr().out.count("finished before") == 4 and not (tmp_path / "swiglu-seed=1").exists()
     assert without_speed(tmp_path) == without_speed(whole)
     assert (tmp_path / "runs.jsonl").read_bytes() == (whole / "runs.jsonl").read_bytes()
-
-
-def test_two_implementations_of_an_activation_train_alike(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "launch", in_this_process)
-    out = tmp_path / "out"
-    assert compare.main([config, "--activation=xielu,xielu_reference", "--max_steps=12", f"--out={out}"]) == 0
-    xielu, reference = rows_of(out).values()
-    assert reference["reference"] == "xielu" and xielu["parameters"] == reference["parameters"]
-    assert float(reference["difference"]) == pytest.approx(0, abs=1e-5)
-    assert float(xielu["loss"]) < math.log(257) - 0.1  # they did learn
 
 
 # Appended to a config, which train.py executes: after step 10, a run waits while a file `hold` is in its folder, until

@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -158,7 +159,6 @@ def test_the_batch_does_not_depend_on_how_it_is_asked_for(folder):
             assert np.array_equal(corpus.batch(7, step, size), expected)
             shares = [corpus.batch(7, step, size, rank, size) for rank in range(size)]
             assert np.array_equal(np.concatenate(shares), expected)
-    assert np.array_equal(Corpus(folder, "train", 8, 1000).batch(7, 3, 6), corpus.batch(7, 3, 6))
     assert not np.array_equal(corpus.batch(8, 3, 6), corpus.batch(7, 3, 6))
 
 
@@ -170,22 +170,13 @@ def test_a_shard_that_is_replaced(folder):
     assert np.array_equal(Corpus(folder, "val", 8, 1000).sequence(0), before + 500)
 
 
-def test_tokens_beyond_the_vocabulary(folder):
-    with pytest.raises(UserError, match=r"x_train_00000[12].bin holds token \d+, beyond vocab_size=10"):
-        Corpus(folder, "train", 8, 10).batch(0, 0, 19)
-
-
 def test_a_shard_that_ends_early_is_named(folder, monkeypatch):
     corpus = Corpus(folder, "train", 8, 1000)
     path = corpus.shards[0].path
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=f"{path} cannot be read to its end"):
         corpus.batch(0, 0, 19)
-
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr("os.pread", fail)
+    monkeypatch.setattr("os.pread", Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(UserError, match="cannot be read to its end"):
         corpus.batch(0, 0, 1)
 
@@ -263,8 +254,8 @@ def test_data_that_changed_under_a_run(folder, tmp_path):
 
 
 def test_data_that_do_not_fit_the_config(folder):
+    """test_train.py::test_mistakes_get_one_line_and_leave_nothing has data that are not there, or of more ids."""
     notes = []
-    (folder / "empty").mkdir()
     open_data(config_of(folder), notes.append)
     assert notes.pop() == f"note: {folder} has no meta.json, so bits per byte are not known"
     assert notes.pop().startswith("note: 6 of 160 training tokens and 1 of 3 shards are not used")
@@ -277,14 +268,8 @@ def test_data_that_do_not_fit_the_config(folder):
         open_data(config_of(folder, eval_tokens=eval_tokens), notes.append)
         assert noted == ("eval_tokens covers a part" in "".join(notes))
         notes.clear()
-    for message, keys in [
-        (r"was tokenized with gpt2 \(257 ids\), more than vocab_size=256", {"vocab_size": 256}),
-        ("too short for one sequence of 100 tokens", {"seq_len": 100}),
-        ("there is no data folder", {"data": folder / "none"}),
-        ("has no train shards", {"data": folder / "empty"}),
-    ]:
-        with pytest.raises(UserError, match=message):
-            open_data(config_of(folder, **keys), print)
+    with pytest.raises(UserError, match="too short for one sequence of 100 tokens"):
+        open_data(config_of(folder, seq_len=100), print)
     (folder / "meta.json").unlink()
     write(folder / "x_val_000000.bin", [1])
     with pytest.raises(UserError, match="no validation tokens to predict"):

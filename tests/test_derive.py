@@ -86,8 +86,6 @@ PLACES = torch.cat([torch.logspace(-12, 3, 40), torch.linspace(0.45, 0.55, 11)])
 def test_known_ones_are_the_hand_written_ones(made, name, dtype):
     """Value, gradient and every scalar's gradient, near 0, at the joints and far out, at the start and elsewhere."""
     mine, theirs = load_derived(made[name][0]).module(), ACTIVATIONS[name].module()
-    effective = theirs.effective() if hasattr(theirs, "effective") else {}
-    assert list(mine.effective().values()) == pytest.approx(list(effective.values()), abs=1e-7)
     x = torch.cat([PLACES, -PLACES, torch.zeros(1)]).to(dtype)
     if dtype == torch.float64:
         mine = mine.double()  # and its scalars
@@ -271,8 +269,8 @@ def test_time_that_runs_out(monkeypatch, capsys):
 
 
 def test_train_and_resume(made, config, tmp_path, monkeypatch, capsys):
-    """The scalars are trained and logged, also in a run that resumes, from wherever the file is by then; the formula
-    must not change in between."""
+    """The scalars are trained and logged, also in a run that resumes, from wherever the file is by then.
+    (test_faults.py has a formula that changes in between.)"""
     out, path = tmp_path / "out", tmp_path / "elsewhere/my_soft_dip.py"
     derived = shutil.copytree(made["soft_dip"][0].parent, "derived")
     here(config, "--activation=derived/my_soft_dip.py", f"--out={out}", "--max_steps=8")
@@ -282,10 +280,6 @@ def test_train_and_resume(made, config, tmp_path, monkeypatch, capsys):
     first, *_, last = [record for record in log(out) if record["kind"] == "val"]
     assert first["ap"] == pytest.approx([0.8, 0.8]) and last["ap"] != first["ap"] and last["loss"] < first["loss"]
     assert last["step"] == 12
-    path.write_text(path.read_text("utf-8").replace("beta = 0.5", "beta = 0.6"), "utf-8")
-    load_derived.cache_clear()  # as in another process
-    message = error(capsys, config, f"--out={out}", "--max_steps=14", "--resume")
-    assert "the formula of my_soft_dip, what my_soft_dip computes changed since the run in" in message
 
 
 def test_names(made, monkeypatch):

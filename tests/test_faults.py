@@ -24,6 +24,7 @@ import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ def end(process, timeout=120):
     return process.returncode, stdout + stderr
 
 
+STOPPED = r"stopped at step (\d+), checkpoint saved: the same command with --resume continues"
+
+
+def interrupt(process, pattern, number):
+    """Send a signal once a process has printed a line that matches; (exit status, what it prints after that line)."""
+    wait_for(pattern, process)
+    process.send_signal(number)
+    return end(process)
+
+
 def whole(out):
     """A finished run's log has each line once, in order, and its checkpoint can be read."""
     keys = [(record["kind"], record["step"]) for record in log(out)]
@@ -88,6 +99,13 @@ _train.{function} = _faulty
 def fault(function, result):
     """The lines of a config file by which `function` of train.py returns another result."""
     return FAULT.format(function=function, result=result)
+
+
+def faulty(config, lines):
+    """A second config file of the same run, with these lines."""
+    path = config.with_name("faulty.py")
+    path.write_text(config.read_text() + lines)
+    return path
 
 
 # Steps that leave the time to send a signal between them, on any machine
@@ -133,10 +151,7 @@ def test_a_leftover_temporary_file_is_no_checkpoint(config, out):
 
 
 def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
-    def refuse(source, target):
-        raise OSError("Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError("Operation not permitted")))
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"step": step}, 2, step - 1 or None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt"]
@@ -160,7 +175,7 @@ def test_killed_while_the_compiler_writes(config, tmp_path, monkeypatch):
 def test_what_was_cut_off_is_compiled_again(config, tmp_path, monkeypatch):
     """Here that is PyTorch's first try, and no part of the model."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    config.write_text(config.read_text() + "import __main__ as _m\n_m.Llama.compile_parts = lambda self: None\n")
+    config = faulty(config, "import __main__ as _m\n_m.Llama.compile_parts = lambda self: None\n")
     for steps in (7, 8):
         assert "does not work" not in run(config, "--compile", "--resume", f"--max_steps={steps}")
         libraries = list((tmp_path / "cache").glob("*/*.so"))
@@ -186,19 +201,10 @@ def test_threads_do_not_spin_while_they_wait(module):
 def test_a_signal_ends_the_step_and_saves(config, tmp_path, out, number):
     options = ["--max_steps=60", "--checkpoint_every=1000", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/whole")
-    clean = config.read_text()
-    config.write_text(clean + SLOW)
-    process = launch(config, *options)
-    wait_for("^step 7/60", process)
-    process.send_signal(number)
-    status, text = end(process)
+    status, text = interrupt(launch(faulty(config, SLOW), *options), "^step 7/60", number)
     assert status == 128 + number
-    last = text.splitlines()[-1]
-    stopped = int(
-        re.fullmatch(r"stopped at step (\d+), checkpoint saved: the same command with --resume continues", last)[1]
-    )
-    assert 7 <= stopped < 60 and whole(out)["step"] == stopped
-    config.write_text(clean)
+    step = int(re.fullmatch(STOPPED, text.splitlines()[-1])[1])
+    assert 7 <= step < 60 and whole(out)["step"] == step
     here(config, *options, "--resume")
     assert log(out) == log(tmp_path / "whole")
 
@@ -207,24 +213,18 @@ def test_a_signal_during_the_validation(config, tmp_path, out):
     """It is cut off, and made after the restart: first that of step 3, then the last."""
     options = ["--max_steps=6", "--decay_steps=2", "--eval_every=3"]
     here(config, *options, f"--out={tmp_path}/whole")
-    clean = config.read_text()
-    config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=1))
+    killed = faulty(config, kill(signal.SIGTERM, "evaluate", call=1))
     for step in (3, 6):
-        text = run(config, *options, "--resume", status=143)
-        assert (
-            text.splitlines()[-1]
-            == f"stopped at step {step}, checkpoint saved: the same command with --resume continues"
-        )
+        text = run(killed, *options, "--resume", status=143)
+        assert re.fullmatch(STOPPED, text.splitlines()[-1])[1] == str(step)
         assert log(out)[-1]["step"] == step and step not in [r["step"] for r in log(out) if r["kind"] == "val"]
-    config.write_text(clean)
     here(config, *options, "--resume")
     assert log(out) == log(tmp_path / "whole")
 
 
 def test_a_second_ctrl_c_stops_at_once(config):
     """Even in a step that never ends."""
-    config.write_text(config.read_text() + fault("compute_gradient", "_time.sleep(600)"))
-    process, signals = launch(config), 0
+    process, signals = launch(faulty(config, fault("compute_gradient", "_time.sleep(600)"))), 0
     wait_for("^step 0/", process)
     while process.poll() is None:
         process.send_signal(signal.SIGINT)
@@ -238,16 +238,11 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
     """1 → 2 → 2 → 1 processes, which a signal stops: to them, to torchrun, and one that kills torchrun."""
     options = ["--max_steps=60", "--micro_batch_size=2", "--eval_every=1000"]
     here(config, *options, f"--out={tmp_path}/one")
-    clean = config.read_text()
-    config.write_text(clean + SLOW)
     for processes, stop_at, number, expected in ((1, 10, 15, 143), (2, 20, 15, 1), (2, 30, 9, -9)):
-        process = launch(config, *options, "--resume", processes=processes)
-        wait_for(f"^step {stop_at}/60", process)
-        process.send_signal(number)
-        status, text = end(process)
+        process = launch(faulty(config, SLOW), *options, "--resume", processes=processes)
+        status, text = interrupt(process, f"^step {stop_at}/60", number)
         assert status == expected
-        assert len(re.findall(r"^stopped at step \d+, checkpoint saved: .*--resume continues$", text, re.M)) == 1, text
-    config.write_text(clean)
+        assert len(re.findall(f"^{STOPPED}$", text, re.M)) == 1, text
     here(config, *options, "--resume")
     whole(out)
     assert_same_losses(out, tmp_path / "one", rel=1e-5)
@@ -257,9 +252,8 @@ def test_processes_come_and_go_with_the_losses_of_one(config, tmp_path, out):
 
 
 def test_a_dead_rank_ends_the_group(config):
-    config.write_text(config.read_text() + kill(signal.SIGKILL, "compute_gradient", call=5, rank=1))
-    began = time.monotonic()
-    text = run(config, "--max_steps=100000", processes=2, status=1)
+    killed, began = faulty(config, kill(signal.SIGKILL, "compute_gradient", call=5, rank=1)), time.monotonic()
+    text = run(killed, "--max_steps=100000", processes=2, status=1)
     assert "step 5/" in text and time.monotonic() - began < 60
     assert re.search(r"rank\s*: 1 ", text) and "exitcode  : -9" in text
 
@@ -267,12 +261,12 @@ def test_a_dead_rank_ends_the_group(config):
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_torchrun_restarts_and_goes_on(config, tmp_path, times):
     """A rank is killed; torchrun --max-restarts starts all again, and they continue from the checkpoint."""
-    options, clean = ["--max_steps=40", "--micro_batch_size=2"], config.read_text()
+    options = ["--max_steps=40", "--micro_batch_size=2"]
     run(config, *options, f"--out={tmp_path}/whole", processes=2)
     for number in range(times):
-        config.write_text(clean + kill(signal.SIGKILL, "compute_gradient", call=10 + number, rank=number % 2))
+        killed = faulty(config, kill(signal.SIGKILL, "compute_gradient", call=10 + number, rank=number % 2))
         out = tmp_path / f"out{number}"
-        text = run(config, *options, f"--out={out}", processes=2, torchrun=["--max-restarts=1"])
+        text = run(killed, *options, f"--out={out}", processes=2, torchrun=["--max-restarts=1"])
         assert f"resuming {out} at step" in text
         assert log(out) == log(tmp_path / "whole")
 
@@ -323,8 +317,7 @@ def test_all_processes_leave_out_the_same_step(config, out):
     """One process alone sees a loss that is not finite."""
     loss = 'float("nan") if _number == 5 and _train.RANK == 1 else loss'
     poisoned = fault("compute_gradient", f"[({loss}, norm) for loss, norm in [_original(*arguments)]][0]")
-    config.write_text(config.read_text() + poisoned)
-    run(config, "--micro_batch_size=2", processes=2)
+    run(faulty(config, poisoned), "--micro_batch_size=2", processes=2)
     assert [(r["kind"], r["loss"]) for r in log(out) if r["step"] == 6] == [("bad", "nan")]
 
 
@@ -342,7 +335,7 @@ def test_a_spike_is_flagged(config, out, poison):
 
 def test_no_room_for_a_checkpoint(config, out):
     here(config, "--max_steps=4", "--decay_steps=1")
-    before, clean = (out / "ckpt.pt").read_bytes(), config.read_text()
+    before = (out / "ckpt.pt").read_bytes()
 
     def limited():  # a quota, as the process meets it
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
@@ -353,11 +346,10 @@ def test_no_room_for_a_checkpoint(config, out):
     assert text.splitlines()[-1].startswith("error: ") and "make room on the disk, then --resume" in text
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
     # in the last validation, after the last checkpoint has failed
-    config.write_text(clean + kill(signal.SIGTERM, "evaluate", call=0))
-    text = run(config, "--resume", "--max_steps=12", "--eval_every=1000", status=143, preexec_fn=limited)
+    killed = faulty(config, kill(signal.SIGTERM, "evaluate", call=0))
+    text = run(killed, "--resume", "--max_steps=12", "--eval_every=1000", status=143, preexec_fn=limited)
     assert "warning: no checkpoint at step 12" in text and "checkpoint saved" not in text
     assert "stopped at step 12, the last checkpoint is that of step 4: the same command with --resume" in text
-    config.write_text(clean)
     here(config, "--resume", "--max_steps=12")
     assert whole(out)["step"] == 12
 
@@ -569,8 +561,8 @@ def test_data_that_changed_under_a_run(config, tmp_path, out, corpus, capsys, mo
     assert_same(out, finished)
 
 
-def test_a_run_with_dropout(config, out, tmp_path):
-    """It resumes exactly, and nothing is dropped in validation."""
+def test_a_run_with_dropout_and_muon(config, out, tmp_path):
+    """It resumes exactly, whatever the optimizer keeps, and nothing is dropped in validation."""
     path = tmp_path / "dropped.py"
     path.write_text("""
 import torch
@@ -580,7 +572,7 @@ ACTIVATION = Activation("relu2, half of it dropped", lambda: torch.nn.Sequential
     here(config, "--activation=relu2")
     whole_loss = log(out)[0]
     shutil.rmtree(out)
-    finished = stopped(config, out, f"--activation={path}")
+    finished = stopped(config, out, f"--activation={path}", "--optimizer=muon")
     assert log(finished)[0] == whole_loss
     here(config, "--resume")
     assert_same(out, finished)
@@ -644,10 +636,7 @@ def test_what_an_activation_computes(edited):
 
 
 def test_a_disk_without_locks(config, out, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     assert f"warning: {out} is on a disk without locks (No locks available)" in here(config)
     assert whole(out)["step"] == 12
     monkeypatch.setattr(files, "fcntl", None)

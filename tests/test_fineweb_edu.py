@@ -5,11 +5,11 @@ import random
 import shutil
 import time
 
-import numpy as np
 import pytest
 
 from hub import SHA, Hub, prepare_quickly, write_dataset
-from plumbing.data import find_shards, read_meta
+from plumbing.data import read_meta
+from test_prepare_data import contents, stream_of, tokens
 
 RNG = random.Random(0)
 DOCUMENTS = [f"document {k}: " + "hello wörld 🙂 " * RNG.randint(0, 60) for k in range(900)]
@@ -57,29 +57,22 @@ def prepare(hub, out, *options, status=0, **constants):
     return printed
 
 
-def files(out):
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "lock"}
-
-
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory):
     """What a run without trouble leaves: {name: bytes}."""
     out = tmp_path_factory.mktemp("whole") / "out"
     prepare(server, out)
-    return files(out)
+    return contents(out)
 
 
 def test_the_complete_path(hub, whole, tmp_path):
     """The sample's documents in order, cut at the same token for any number of workers."""
     prepare(hub, tmp_path / "out", "--workers=3")
-    assert files(tmp_path / "out") == whole and len(whole) == 11
-    shards = [*find_shards(tmp_path / "out", "val"), *find_shards(tmp_path / "out", "train")]
-    tokens = np.concatenate([shard.read(0, shard.tokens) for shard in shards])
-    expected = b"".join(b"\xff" + text.encode() for text in DOCUMENTS)[:350_000]  # 0xff is in no UTF-8
-    assert bytes(np.where(tokens == 256, 255, tokens).astype(np.uint8)) == expected
+    assert contents(tmp_path / "out") == whole and len(whole) == 12
+    val, train = tokens(tmp_path / "out")
+    assert len(val) == 10_000 and val + train == stream_of(DOCUMENTS)[:350_000]
     meta = read_meta(tmp_path / "out")
     assert meta["source"] == "HuggingFaceFW/fineweb-edu sample-10BT" and meta["settings"]["tokens"] == 350_000
-    assert [meta["splits"][split]["tokens"] for split in ("val", "train")] == [10_000, 340_000]
     assert not any("CC-MAIN" in request and "resolve" in request for request in hub.requests)
     assert all(SHA in request for request in hub.requests if "resolve" in request)
 
@@ -100,7 +93,7 @@ def test_trouble_that_heals(hub, whole, tmp_path, name):
     hub.faults = list(TROUBLE[name])
     prepare(hub, tmp_path / "out")
     assert all(left == 0 for _, _, left in hub.faults)  # it was met
-    assert files(tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == whole
 
 
 def test_trouble_that_stays_and_a_second_start(hub, whole, tmp_path):
@@ -109,11 +102,11 @@ def test_trouble_that_stays_and_a_second_start(hub, whole, tmp_path):
     hub.faults = [(THIRD, 503, 10**6)]
     printed = prepare(hub, out, status=2)
     assert printed.count("error: ") == 1 and "FineWeb-Edu (sample-10BT) could not be read" in printed
-    written = {name: content for name, content in files(out).items() if name.endswith(".bin")}
+    written = contents(out, "*.bin")
     assert len(written) >= 7 and all(whole[name] == content for name, content in written.items())
 
     hub.faults, hub.requests = [], []
-    assert f"has {len(written)} shards" in prepare(hub, out) and files(out) == whole
+    assert f"has {len(written)} shards" in prepare(hub, out) and contents(out) == whole
     # the client looks at the first file's columns; for its rows it would ask a second time
     assert sum("GET" in request and "000_00000" in request for request in hub.requests) == 1
 
@@ -129,7 +122,7 @@ def test_killed_at_random_moments(hub, whole, tmp_path, kills):
         process.kill()
         process.join()
     prepare(hub, out)
-    assert files(out) == whole
+    assert contents(out) == whole
 
 
 def test_what_is_not_there(hub, tmp_path):
@@ -143,4 +136,4 @@ def test_what_is_not_there(hub, tmp_path):
         hub.faults = list(faults)
         line = prepare(hub, tmp_path / "out", *options, status=2, **constants).splitlines()[-1]
         assert line.startswith("error: ") and message in line, line
-        assert not list((tmp_path / "out").glob("*.bin"))
+        assert not contents(tmp_path / "out", "*.bin")

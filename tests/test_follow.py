@@ -106,7 +106,6 @@ def test_wandb_itself_offline(fake_run, monkeypatch):
         ([], None, "required: run, --to"),
         (["run", "--to=mlflow"], None, "invalid choice: 'mlflow' (choose from"),
         (["none", "--to=tensorboard"], None, "none is not the folder of a run"),
-        (["run", "--to=tensorboard"], "[]", "no config.json that train.py wrote"),
         (["run", "--to=tensorboard"], '{"config": {}}', "no config.json that train.py wrote"),
         (["run", "--to=tensorboard"], None, "needs an optional package: pip install tensorboard"),
         (["run", "--to=wandb"], None, "run `wandb login` once"),

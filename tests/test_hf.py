@@ -115,10 +115,9 @@ def test_an_imported_run_continues(exported, tmp_path, activation, qk_norm):
     """With its weights and its keys but for its data, from where the other one ended, and in its own folder, even if
     that was moved."""
     (out, folder), back = exported(activation, qk_norm), tmp_path / "back"
-    data = sample.load_run(out, "cpu", torch.float32)[1].data
-    assert data not in (folder / "config.json").read_text()
-    assert hf.main(["import", str(folder), str(back), f"--data={data}"]) == 0
     ours, config, tokenizer = sample.load_run(out, "cpu", torch.float32)
+    assert config.data not in (folder / "config.json").read_text()
+    assert hf.main(["import", str(folder), str(back), f"--data={config.data}"]) == 0
     again, config_again, tokenizer_again = sample.load_run(back, "cpu", torch.float32)
     assert tokenizer == tokenizer_again == "bytes"
     assert vars(config_again) == vars(config) | {"out": str(back)}

@@ -26,6 +26,10 @@ def curves(axis):
     return {line.get_label(): np.column_stack(line.get_data()) for line in axis.lines}
 
 
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
 def band(axis, number):
     """(lowest, highest) y of a band at its last x."""
     points = axis.collections[number].get_paths()[0].vertices
@@ -77,8 +81,8 @@ def test_budget_and_difference(axes_of):
     ratios, differences = next(line for line in axis.lines if line.get_linewidth() == 1.6).get_data()
     assert np.allclose(differences, [-0.02, 0.03]) and axis.get_xscale() == "log"
     assert np.allclose(ratios, [10, 40], rtol=0.03)  # moved a little, so that bars do not hide each other
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["10", "40"]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["xielu", "relu2", "gelu"]
+    assert texts(axis.get_xticklabels()) == ["10", "40"]
+    assert texts(axis.get_legend().get_texts()) == ["xielu", "relu2", "gelu"]
     bar = axis.containers[0].lines[2][0].get_segments()[0]
     assert np.allclose(bar[:, 1], [-0.03, -0.01])
     (axis,) = axes_of(plot.draw_difference, rows[:1])
@@ -104,12 +108,8 @@ def test_tuning(axes_of):
     assert [line.get_marker() for line in axis.lines] == ["o", "o", "o", "o", "x", "o", "o", "x", "x"]
     low, high = axis.get_ylim()
     assert low < 1.1 and 1.5 < high < 9  # a loss that is far higher than the others leaves the figure
-    assert axis.get_xscale() == "log" and [text.get_text() for text in axis.get_xticklabels()] == [
-        "0.001",
-        "0.002",
-        "0.004",
-    ]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == list(tuning)
+    assert axis.get_xscale() == "log" and texts(axis.get_xticklabels()) == ["0.001", "0.002", "0.004"]
+    assert texts(axis.get_legend().get_texts()) == list(tuning)
 
 
 def test_scalars(fake_run, axes_of):

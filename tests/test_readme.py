@@ -11,17 +11,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import prepare_data
 import xielu
+from runs import ROOT
 from test_compare import in_this_process
 from tools import bench, compare
 from train import Config
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README, *_ = TEXTS = [path.read_text("utf-8") for path in PAGES]
 TEXT = "\n".join(TEXTS)

@@ -14,6 +14,7 @@ from model import Llama, ModelConfig
 from plumbing.run import save_checkpoint
 from plumbing.tokenizer import get_tokenizer
 from runs import ROOT, TINY, here
+from test_model import Mixed
 from tools import sample
 from tools.sample import choose, generate
 from train import Config
@@ -48,17 +49,6 @@ def test_past_seq_len():
         text.append(token)
     long = list(range(100))
     assert next(generate(model, long, 1, 0, 0, None)) == model(torch.tensor([long[-24:]]))[0, -1].argmax()
-
-
-class Mixed(torch.nn.Module):
-    """An activation with a matrix."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.matrix = torch.nn.Parameter(torch.eye(width))
-
-    def forward(self, x):
-        return (x.float() @ self.matrix).to(x.dtype)
 
 
 def test_dtypes(tmp_path, monkeypatch):

@@ -12,10 +12,12 @@ import torch
 
 import train
 from model import Llama, ModelConfig
-from plumbing import data, machine
+from plumbing import machine
 from plumbing.command import UserError
+from plumbing.data import Corpus
 from plumbing.machine import peak_flops, pick_dtype
 from runs import ROOT, assert_same_losses, error, here, launch, log, run
+from test_data import write
 from train import Config, learning_rate, make_optimizers
 
 # ------------------------------------------------------------------------------------------------ config
@@ -24,9 +26,8 @@ from train import Config, learning_rate, make_optimizers
 def test_defaults_file_and_command_line(tmp_path):
     child = tmp_path / "child.py"
     child.write_text("import math\nfrom math import sqrt\nfrom configs.xielu_1b import *\nlr = 2\n_hidden = 3\n")
-    from_file, options = Config.read_command(
-        [str(child), "--dim=128", "--resume", "--compile=false", "--max_steps=1_000"]
-    )
+    line = [str(child), "--dim=128", "--resume", "--compile=false", "--max_steps=1_000"]
+    from_file, options = Config.read_command(line)
     assert from_file.keys() == Config.defaults().keys()
     assert from_file["dim"] == 1536 and from_file["lr"] == 2.0 and isinstance(from_file["lr"], float)
     assert from_file["out"] == "out/child"
@@ -51,15 +52,12 @@ def test_steps_follow_the_size_of_the_model_and_the_length_of_the_run():
 # (line of the config file, option, message)
 MISTAKES = [
     ("", "--dim=1e12", "dim must be at least 1 and at most 2147483648, not 1000000000000"),
-    ("", "--dim=1e308", "dim must be at least 1 and at most 2147483648"),
     ("", "--tokens_per_step=1e30", "tokens_per_step must be at least 1 and at most"),
     ("", "--n_layers=1e6", "n_layers must be at least 1 and at most 10000"),
     ("", "--ffn_dim=2147483646", "to train 274,877,.* parameters takes 4,398 GB, and cpu .* has [0-9]+ GB: lower dim"),
     ("", "--learning_rate=3", "did you mean 'lr'"),
     ("", "--activation=relu2,xielu", "activation must be one value, .*: python -m tools.compare takes lists"),
-    ("", "--lr=1e-3,2e-3", "python -m tools.compare takes lists"),
     ("", "--max_steps 40", "write --max_steps=40, with = and without a space"),
-    ("", "--activation relu2", "write --activation=relu2"),
     ("", "a.txt b.txt c.txt", "give one config file.* Put a pattern such as . in quotes"),
     ("", "--dmi=3", "unknown key 'dmi' on the command line: did you mean 'dim'"),
     ("", "--zzzzz=3", "train.py --help lists all keys"),
@@ -71,10 +69,7 @@ MISTAKES = [
     ("", "--lr=nan", "lr must be a number"),
     ("", "--compile=maybe", "compile must be True or False"),
     ("", "--out", "out must be text"),
-    ("", "more.py", "give one config file"),
     ("dmi = 3", "", "unknown key 'dmi' in .*tiny.py: did you mean 'dim'"),
-    ("dim = '64x'", "", "dim must be a whole number"),
-    ("dim = True", "", "dim must be a whole number"),
     ("resume = 1", "", "resume must be True or False"),
     ("activation = None", "", "activation must be text"),
     ("dim = ", "", "does not run: SyntaxError"),
@@ -93,13 +88,13 @@ MISTAKES = [
     ("", "--tokens_per_step=100", "use --tokens_per_step=128$"),
     ("", "--tokens_per_step=1000", "use --tokens_per_step=1024$"),
     ("", "--tokens_per_step=192", "use --micro_batch_size=3$"),
-    ("", "--n_layers=0", "n_layers must be at least 1"),
     ("", "--n_kv_heads=3", "n_heads=2 is not a multiple of n_kv_heads=3"),
     ("", "--dim=30", "dim=30 over n_heads=2 must give an even number"),
     ("", "--out={tmp}/tiny.py/x", "tiny.py/x cannot be a folder"),
     ("", "--data={tmp}/a\nb", "no data folder .*/a b"),
     ("", "--data={tmp}", "has no train shards"),
-    ("", "--vocab_size=200", r"bytes \(257 ids\), more than vocab_size=200"),
+    ("", "--vocab_size=256", r"was tokenized with bytes \(257 ids\), more than vocab_size=256"),
+    ("", "--memory_budget=0.5", "memory_budget=0.5 needs a compiled model"),
 ]
 
 
@@ -112,9 +107,8 @@ def test_mistakes_get_one_line_and_leave_nothing(config, tmp_path, monkeypatch, 
         assert re.search(message, error(capsys, config, *arguments)[:-1])
     assert "give one config file" in error(capsys)
     assert "no config nowhere.py: there are configs/compare_124m.py" in error(capsys, "nowhere.py")
-    assert "config.json is not a config file, a Python file that ends in .py; to continue" in error(
-        capsys, "out/x/config.json"
-    )
+    message = "config.json is not a config file, a Python file that ends in .py; to continue"
+    assert message in error(capsys, "out/x/config.json")
     assert "there is no data folder data/fineweb-edu-tekken" in error(capsys, "configs/xielu_1b.py")
     assert f"there is no data folder {config}" in error(capsys, config, f"--data={config}")
     assert f"{config} cannot be a folder, since a file is in its place" in error(capsys, config, f"--out={config}")
@@ -168,13 +162,10 @@ def test_shipped_configs(path):
 
 def test_what_resuming_may_change():
     then = Config.defaults() | {"max_steps": 400, "dim": 96}
-    saved = {"config": then | {"lr": 0.5}, "from_file": then}
-    assert Config.resumed(saved, then, {}).lr == 0.5  # given on the first command line, not on this one
-    assert Config.resumed(saved, then, {"lr": 0.1}).lr == 0.1
+    saved = {"config": then, "from_file": then}
     longer = then | {"max_steps": 500}
     assert Config.resumed(saved, longer, {}).max_steps == 500  # the file has changed since
     assert Config.resumed(saved, longer, {"max_steps": 600}).max_steps == 600
-    assert Config.resumed(saved, then, {"data": "elsewhere"}).data == "elsewhere"
     with pytest.raises(UserError, match="cannot change dim from 96 to 192"):
         Config.resumed(saved, then | {"dim": 192}, {})
     for name, value in {"activation": "xielu_inverted", "seed": 7, "seq_len": 7, "tokens_per_step": 7}.items():
@@ -239,7 +230,6 @@ def test_auto_dtype(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert pick_dtype("auto", torch.device("cuda")) == expected
     assert pick_dtype("auto", torch.device("mps")) == torch.float32
-    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
 @pytest.mark.parametrize("ratio, expected", [(1.31, torch.bfloat16), (1.29, torch.float32)])
@@ -251,9 +241,8 @@ def test_auto_dtype_on_a_cpu(monkeypatch, ratio, expected):
     assert dtype == expected and re.search(r"\d GFLOP/s in float32 and \d+ GFLOP/s in bfloat16", reason)
 
 
-def test_what_auto_took_holds(config, tmp_path, monkeypatch):
+def test_what_auto_took_holds(config, out, monkeypatch):
     """Also for a run that was killed before its first checkpoint, and on a machine that would now decide otherwise."""
-    out = tmp_path / "out/tiny"
     options = ["--dtype=auto", "--warmup_steps=0", "--decay_steps=0", "--max_steps=1"]
     monkeypatch.setattr(machine, "faster_dtype", lambda: (torch.bfloat16, "measured"))
     assert "dtype=auto takes bfloat16: measured" in here(config, *options)
@@ -264,10 +253,6 @@ def test_what_auto_took_holds(config, tmp_path, monkeypatch):
     assert json.loads((out / "config.json").read_text())["config"]["dtype"] == "bfloat16"
     (out / "config.json").write_text("[" * 100_000)  # damaged, and the checkpoint still tells
     assert "in bfloat16" in here(config, *options, "--max_steps=3", "--resume")
-
-
-def test_memory_budget_needs_a_compiled_model(config, capsys):
-    assert "memory_budget=0.5 needs a compiled model" in error(capsys, config, "--memory_budget=0.5")
 
 
 def test_peaks(monkeypatch):
@@ -307,8 +292,8 @@ def test_a_run_and_what_it_leaves(config, out, corpus):
         assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
         assert record["bits_per_byte"] == pytest.approx(record["loss"] / math.log(2), rel=0.01)
         assert len(record["alpha_p"]) == len(record["alpha_n"]) == 2
-    assert validation[0]["alpha_p"] == pytest.approx([0.8, 0.8])
-    assert "step 12/12  loss" in output and "step 12/12  val loss" in output
+    assert validation[0]["alpha_p"] + validation[0]["alpha_n"] == pytest.approx([0.8] * 4)
+    assert "step 12/12  val loss" in output
     assert re.search(r"step 11/12 .* tokens/s  0m\d\ds elapsed, 0m00s left", output)
     saved = json.loads((out / "config.json").read_text())
     assert set(saved) == {"config", "facts", "origin"}
@@ -322,10 +307,8 @@ def test_a_run_and_what_it_leaves(config, out, corpus):
     model = Llama(ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=48, seq_len=32))
     model.load_state_dict(checkpoint["model"])
     stream = torch.from_numpy(np.fromfile(next(corpus.glob("*_val_*")), "<u2", 778, offset=1024).astype(np.int64))
-    losses = []
-    for start in range(0, 777, 32):
-        span = stream[start : min(start + 33, 778)][None]
-        losses.append(model(span[:, :-1], span[:, 1:], reduction="sum").item())
+    spans = [stream[None, start : start + 33] for start in range(0, 777, 32)]
+    losses = [model(span[:, :-1], span[:, 1:], reduction="sum").item() for span in spans]
     assert validation[-1]["loss"] == pytest.approx(sum(losses) / 777, rel=1e-6)
 
 
@@ -334,11 +317,8 @@ def test_the_same_command_twice_and_nothing_compiled_without_compile(config, tmp
     here(config, "--activation=xielu", f"--out={tmp_path}/c", "--seed=43")
     assert log(tmp_path / "a") != log(tmp_path / "c")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    config.write_text(
-        config.read_text()
-        + "import atexit, sys\n"
-        + "atexit.register(lambda: print('compiler loaded:', 'torch._inductor.compile_fx' in sys.modules))\n"
-    )
+    at_exit = "lambda: print('compiler loaded:', 'torch._inductor.compile_fx' in sys.modules)"
+    config.write_text(config.read_text() + f"import atexit, sys\natexit.register({at_exit})\n")
     text = run(config, "--activation=xielu", f"--out={tmp_path}/b")
     assert "compiler loaded: False" in text and "compiling: " not in text
     assert not any(path.is_file() for path in (tmp_path / "compiled").rglob("*"))
@@ -381,22 +361,13 @@ def test_resume_may_change_schedule_logging_and_micro_batches(config, out):
     assert [record["lr"] for record in log(out) if record["step"] == 14] == [expected]
 
 
-def test_muon_resumes_bit_for_bit(config, tmp_path):
-    options = [config, "--optimizer=muon", "--activation=xielu"]
-    here(*options, f"--out={tmp_path}/whole")
-    here(*options, f"--out={tmp_path}/half", "--checkpoint_every=5", "--max_steps=5", "--decay_steps=0")
-    here(*options, f"--out={tmp_path}/half", "--resume", "--max_steps=12", "--decay_steps=4")
-    whole, half = (log(tmp_path / name) for name in ("whole", "half"))
-    assert [record for record in half if record["kind"] == "train"] == [r for r in whole if r["kind"] == "train"]
-    assert whole[-1] == half[-1]
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_give_the_losses_of_one(config, tmp_path, optimizer):
-    options = ["--micro_batch_size=2", "--activation=xielu", f"--optimizer={optimizer}"]
-    here(config, f"--out={tmp_path}/one", *options)
-    compiles = optimizer == "adamw"
-    output = run(config, f"--out={tmp_path}/two", *options, f"--compile={compiles}", processes=2)
+    """Whatever the micro-batches of either."""
+    options, compiles = ["--activation=xielu", f"--optimizer={optimizer}"], optimizer == "adamw"
+    here(config, f"--out={tmp_path}/one", "--micro_batch_size=8", *options)
+    options += ["--micro_batch_size=1", f"--compile={compiles}"]
+    output = run(config, f"--out={tmp_path}/two", *options, processes=2)
     assert output.count("compiling: ") == compiles and output.count("step 12/12  loss") == 1
     assert_same_losses(tmp_path / "two", tmp_path / "one", rel=1e-5)
     norms = [[record.get("grad_norm", 0) for record in log(tmp_path / name)] for name in ("two", "one")]
@@ -411,9 +382,7 @@ def test_ddp_never_holds_gradients_twice(monkeypatch):
     try:
         model = Llama(config)
         trained = train.distribute(model)
-        storages = {
-            weight.grad.untyped_storage().data_ptr(): weight.grad.untyped_storage() for weight in model.parameters()
-        }
+        storages = {(held := weight.grad.untyped_storage()).data_ptr(): held for weight in model.parameters()}
         assert sum(storage.nbytes() for storage in storages.values()) == 4 * model.num_parameters()
         tokens = torch.randint(257, (1, 33))
         for trained.require_backward_grad_sync in (False, True):
@@ -427,12 +396,6 @@ def test_ddp_never_holds_gradients_twice(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-def test_micro_batches_do_not_change_the_losses(config, tmp_path):
-    for size in (1, 8):
-        here(config, f"--out={tmp_path}/{size}", f"--micro_batch_size={size}")
-    assert_same_losses(tmp_path / "1", tmp_path / "8", rel=1e-5)
-
-
 @pytest.mark.parametrize("activation", ["swiglu", "xgelu", "xiep", "xaglu"])
 def test_other_activations_train(config, out, activation):
     here(config, f"--activation={activation}", "--max_steps=7")
@@ -444,50 +407,36 @@ def test_other_activations_train(config, out, activation):
 # ------------------------------------------------------------------------------------------------ data
 
 
-@pytest.fixture
-def without_meta(corpus, tmp_path):
-    return shutil.copytree(corpus, tmp_path / "plain", ignore=shutil.ignore_patterns("meta.json"))
-
-
-def test_data_without_meta(config, out, without_meta):
+def test_data_without_meta(config, out, corpus, tmp_path):
+    without_meta = shutil.copytree(corpus, tmp_path / "plain", ignore=shutil.ignore_patterns("meta.json"))
     assert here(config, f"--data={without_meta}", "--max_steps=7").count("no meta.json") == 1
     values = [record["bits_per_byte"] for record in log(out) if record["kind"] == "val"]
     assert values == [None] * 3
 
 
-@pytest.fixture
-def beyond(config, tmp_path):
-    """{split: folder whose one bad token in this split is read by the second of two processes alone}."""
-    folders = {"train": tmp_path / "bad_train", "val": tmp_path / "bad_val"}
-    for bad, folder in folders.items():
-        folder.mkdir()
-        for split, last in {"train": 255, "val": 33 * 4 + 1}.items():
-            tokens = np.random.default_rng(0).integers(256, size=32 * last + 1).astype("<u2")
-            path = folder / f"x_{split}_000000.bin"
-            path.write_bytes(data.shard_header(tokens.dtype, len(tokens)) + tokens.tobytes())
-            if split == bad:
-                rows = data.Corpus(folder, split, 32, 256)
-                row = rows.batch(42, 3, 8, rank=1, world=2)[2] if split == "train" else rows.sequence(5)
-                place = next(n for n in range(len(tokens)) if np.array_equal(tokens[n : n + 33], row))
-                tokens[place + 16] = 300
-                path.write_bytes(data.shard_header(tokens.dtype, len(tokens)) + tokens.tobytes())
-    return folders
+def write_with_a_bad_token(folder, bad):
+    """A folder of data whose one bad token, in this split, is read by the second of two processes alone."""
+    folder.mkdir()
+    for split, last in {"train": 255, "val": 33 * 4 + 1}.items():
+        tokens = np.random.default_rng(0).integers(256, size=32 * last + 1)
+        write(folder / f"x_{split}_000000.bin", tokens)
+        if split == bad:
+            rows = Corpus(folder, split, 32, 256)
+            row = rows.batch(42, 3, 8, rank=1, world=2)[2] if split == "train" else rows.sequence(5)
+            place = next(n for n in range(len(tokens)) if np.array_equal(tokens[n : n + 33], row))
+            tokens[place + 16] = 300
+            write(folder / f"x_{split}_000000.bin", tokens)
 
 
-def test_under_torchrun_the_first_process_speaks(config, tmp_path, beyond, capsys):
+def test_under_torchrun_the_first_process_speaks(config, tmp_path, capsys):
     """About a mistake, and about a token beyond the vocabulary, which goes unnoticed until a batch holds it."""
-    for split, folder in beyond.items():
-        message = error(capsys, config, f"--data={folder}", f"--out={tmp_path}/one_{split}")
-        assert f"x_{split}_000000.bin holds token 300, beyond vocab_size=257" in message
-        expected = 3 if split == "train" else 0
+    processes = {"use --tokens_per_step=256": launch(config, "--tokens_per_step=100", processes=2)}
+    for split, expected in {"train": 3, "val": 0}.items():
+        write_with_a_bad_token(tmp_path / split, split)
+        options, message = [config, f"--data={tmp_path}/{split}"], f"x_{split}_000000.bin holds token 300, beyond"
+        assert f"{message} vocab_size=257" in error(capsys, *options, f"--out={tmp_path}/one_{split}")
         assert len([record for record in log(tmp_path / f"one_{split}") if record["kind"] == "train"]) == expected
-    processes = {
-        "use --tokens_per_step=256": launch(config, "--tokens_per_step=100", processes=2),
-        "x_train_000000.bin holds token 300": launch(config, f"--data={beyond['train']}", processes=2),
-        "x_val_000000.bin holds token 300": launch(
-            config, f"--data={beyond['val']}", f"--out={tmp_path}/val", processes=2
-        ),
-    }
+        processes[message] = launch(*options, f"--out={tmp_path}/two_{split}", processes=2)
     for message, process in processes.items():
         output = "".join(process.communicate(timeout=300))
         lines = [line for line in output.splitlines() if line.startswith("error: ")]
