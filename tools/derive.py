@@ -29,11 +29,15 @@ import types
 from pathlib import Path
 
 import numpy as np
-import sympy
 import torch
 from scipy.integrate import fixed_quad
-from sympy.codegen.cfunctions import expm1, log1p
 
+try:
+    import sympy
+    from sympy.codegen.cfunctions import expm1, log1p
+except ModuleNotFoundError:
+    print("error: tools.derive needs an optional package: pip install sympy", file=sys.stderr)
+    sys.exit(2)
 if not __package__:
     print("error: start it as  python -m tools.derive", file=sys.stderr)
     sys.exit(2)
