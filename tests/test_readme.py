@@ -38,7 +38,7 @@ INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub(
 COMMANDS = [
     part.strip() for line in lines("sh") + lines("bash") + CELLS + INLINE for part in re.split(r"&&|\|\|", line)
 ]
-COMMANDS = [command for command in COMMANDS if re.match(r"(srun )?(python3?|torchrun|pip|uv) ", command)]
+COMMANDS = [command for command in COMMANDS if re.match(r"(srun [-=a-z]+ )?(python3?|torchrun|pip|uv) ", command)]
 SMALL = "--max_steps=2 --warmup_steps=0 --decay_steps=0 --eval_every=1 --eval_tokens=500 --log_every=1 --compile=False"
 SMALL = SMALL.split()
 

@@ -259,6 +259,7 @@ def test_peaks(monkeypatch):
     names = {
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200 NVL": 835e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
         "Other": None,
     }

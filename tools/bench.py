@@ -47,9 +47,11 @@ def medians(jobs, seconds):
     seconds to warm up, and then as long in each turn; a GPU is waited for before and after, not between calls."""
     threads = torch.get_num_threads()
     timers = {name: Timer("job()", globals={"job": job}, num_threads=threads) for name, job in jobs.items()}
+    # (blocked_autorange would take far longer on a GPU, where it wants a block 10,000 times as long as a wait)
+    counts = {name: max(1, round(seconds / timer.timeit(1).mean)) for name, timer in timers.items()}
 
     def turn():
-        return {name: timer.blocked_autorange(min_run_time=seconds).median for name, timer in timers.items()}
+        return {name: timer.timeit(counts[name]).mean for name, timer in timers.items()}
 
     _, *turns = [turn() for _ in range(TURNS + 1)]
     return {name: statistics.median(turn[name] for turn in turns) for name in jobs}

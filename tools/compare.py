@@ -241,7 +241,8 @@ def places(jobs, world, device):
 
 def launch(run, world, place, lock):
     """Start or resume a run in a process of its own, whose output goes to output.txt in its folder."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=150", f"--nproc_per_node={world}"]
+    launcher = torchrun if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
     with open(run.out / "output.txt", "a") as output:
         return subprocess.Popen(
@@ -322,14 +323,14 @@ def show(text, passing=False):
         print(text, flush=True)
 
 
-def estimate(runs, places, device, dtype):
-    """How long these runs take, in words, at 40 % of the speed of this device's matrix products (40 to 50 % is what
-    the models of configs/ reach). Finished ones take none."""
+def estimate(runs, jobs, world, device, dtype):
+    """How long these runs take, `jobs` at once on `world` processes each, in words, at 40 % of the speed of this
+    device's matrix products (40 to 50 % is what the models of configs/ reach). Finished ones take none."""
     flops = sum(run.flops for run in runs if not outcome(run))
-    peak = peak_flops(device, dtype) if device.type == "cuda" else linear_speed(dtype) * len(places)
-    if not peak:
+    speed = peak_flops(device, dtype) if device.type == "cuda" else linear_speed(dtype)
+    if not speed:
         return "the speed of this device is not known"
-    return f"about {format_seconds(flops / (0.4 * peak))} with {len(places)} at once"
+    return f"about {format_seconds(flops / (0.4 * speed * jobs * world))} with {jobs} at once"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -600,7 +601,7 @@ def compare(argv):
     check_matched(tuning + plan, options.unmatched)
     dtype = pick_dtype(plan[0].config.dtype, device)
     if options.dry_run:
-        print(f"{len(tuning + plan)} runs, {estimate(tuning + plan, at_once, device, dtype)}")
+        print(f"{len(tuning + plan)} runs, {estimate(tuning + plan, len(at_once), world, device, dtype)}")
         return 0
     if not all(outcome(run) for run in tuning + plan):
         for config in {(run.config.data, run.config.device): run.config for run in plan}.values():

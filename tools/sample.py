@@ -191,6 +191,7 @@ def write_texts(options):
 def sample(argv):
     """Do what a command line asks for."""
     xielu.COMPILE = False  # compiling takes longer than writing
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each length, of 20 ms or more
     try:
         write_texts(read_options(argv))
     except BrokenPipeError:  # as with  | head
