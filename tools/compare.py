@@ -529,17 +529,15 @@ def write_results(rows, text, out):
 
 
 def draw_figures(runs, rows, tuning, key, out):
-    """Draw what can be drawn: difference.png or, over several lengths, budget.png; loss.png; scalars-NAME.png of each
-    row of the longest runs whose activation has trained scalars; tune.png. Returns the names."""
+    """Draw what can be drawn: budget.png; loss.png; scalars-NAME.png of each row of the longest runs whose activation
+    has trained scalars; tune.png. Returns the names."""
     done = [run for run in runs if (result := outcome(run)) and math.isfinite(result["loss"])]
     longest = max(run.tokens for run in done)
     groups = {}
     for run in done:
         if run.tokens == longest:
             groups.setdefault(run.row, []).append(run.out)
-    several = len({row["tokens"] for row in rows}) > 1
-    name, draw = ("budget.png", plot.draw_budget) if several else ("difference.png", plot.draw_difference)
-    figures = {name: partial(draw, rows)}
+    figures = {"budget.png": partial(plot.draw_budget, rows)}
     figures["loss.png"] = partial(plot.draw_loss, [folder for group in groups.values() for folder in group])
     figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in groups.items()}
     figures |= {"tune.png": partial(plot.draw_tuning, tuning, key)} if tuning else {}
@@ -591,6 +589,7 @@ def compare(argv):
         raise UserError(f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning")
     if unknown := {tuned_row(run, options.tune_up_to) for run in plan} - {run.row for run in plan}:
         raise UserError(f"--tune_up_to={options.tune_up_to:g} is not one of the lengths: there is no {min(unknown)}")
+    finished = {(run.row, run.config.seed) for run in plan if outcome(run)}
     plan = stand_ins(plan)
     device = pick_device(plan[0].config.device)
     at_once = places(options.jobs, world, device)
@@ -603,7 +602,7 @@ def compare(argv):
     if options.dry_run:
         print(f"{len(tuning + plan)} runs, {estimate(tuning + plan, len(at_once), world, device, dtype)}")
         return 0
-    if not all(outcome(run) for run in tuning + plan):
+    if not all(map(outcome, tuning)) or finished != {(run.row, run.config.seed) for run in plan}:
         for config in {(run.config.data, run.config.device): run.config for run in plan}.values():
             pick_device(config.device)
             open_data(config, print)

@@ -10,6 +10,7 @@ line, their mean, in a band from the lowest to the highest. --out=FILE.png says 
 """
 
 import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -176,47 +177,30 @@ def draw_differences(axis, groups):
     axis.set_ylabel(textwrap.fill(f"loss − loss of {first}, seeds: {len(seeds)} (nats)", 40))
 
 
-def draw_difference(rows, path):
-    """For a slide: the final difference of each row of a comparison to its reference, a dot with its interval."""
-    rows = [row for row in rows if row["difference"] is not None]
-    if not rows:
-        raise UserError("there is no difference to draw: none of the rows has a reference with the same seeds")
-    figure, [[axis]] = new_figure(1, 1, 8, 1.4 + 0.5 * len(rows))
-    for number, row in enumerate(rows):
-        draw_dot(axis, row, -number, number + 1, along="x")
-    axis.axvline(0, color="black", linewidth=1)
-    names = [row["name"] + f"\n{len(row['seeds'])} seeds" for row in rows]
-    axis.set_yticks([-number for number in range(len(rows))], names)
-    axis.set(ylim=(0.6 - len(rows), 0.4), xlabel=f"loss − loss of {rows[0]['reference']} (nats; left of 0 is better)")
-    save(figure, path)
-
-
-def draw_dot(axis, row, place, number, along, label=None):
-    """A row's difference and its interval, as a dot with a bar along one axis at a place on the other."""
-    half = row["interval"][1] - row["difference"] if row["interval"] else 0
-    x, y = (row["difference"], place) if along == "x" else (place, row["difference"])
-    style = {"color": line_style(number)["color"], "fmt": "o", "markersize": 7, "linewidth": 2, "capsize": 4}
-    axis.errorbar(x, y, label=label, **{f"{along}err": half}, **style)
-
-
 def draw_budget(rows, path):
-    """The difference of each activation to the first one against tokens per parameter, with its interval. Where the
-    line of an activation crosses zero, the order of the two changes."""
+    """The difference of each row of a comparison to its reference, a dot with its interval, against tokens per
+    parameter. Where a line crosses zero, the order of the two changes."""
+
+    def label(name):
+        return re.sub(r" (tokens_per_parameter|max_steps)=\S+", "", name)
+
     lines = {}
     for row in rows:
         if row["difference"] is not None:
-            lines.setdefault(row["activation"], []).append(row)
+            lines.setdefault(label(row["name"]), []).append(row)
     if not lines:
         raise UserError("there is no difference to draw: none of the rows has a reference with the same seeds")
-    reference = short_name(rows[0]["reference"].split()[0])
+    reference = ", ".join(dict.fromkeys(label(row["reference"]) for row in rows))
     figure, [[axis]] = new_figure(1, 1, 8, 4.8)
     axis.axhline(0, linewidth=2, label=reference, **line_style(0))
-    for number, (activation, its_rows) in enumerate(lines.items(), 1):
+    for number, (name, its_rows) in enumerate(lines.items(), 1):
         shift = 1.03 ** (number - (len(lines) + 1) / 2)  # so that bars do not hide each other
         places = [shift * row["tokens"] / row["parameters"] for row in its_rows]
-        axis.plot(places, [row["difference"] for row in its_rows], linewidth=1.6, **line_style(number))
-        for index, (row, place) in enumerate(zip(its_rows, places)):
-            draw_dot(axis, row, place, number, along="y", label=None if index else activation)
+        differences = [row["difference"] for row in its_rows]
+        halves = [row["interval"][1] - row["difference"] if row["interval"] else 0 for row in its_rows]
+        axis.plot(places, differences, linewidth=1.6, **line_style(number))
+        style = {"color": line_style(number)["color"], "fmt": "o", "markersize": 7, "linewidth": 2, "capsize": 4}
+        axis.errorbar(places, differences, halves, label=name, **style)
     ticks = sorted({row["tokens"] / row["parameters"] for row in rows})
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:.1f}".removesuffix(".0") for tick in ticks])
