@@ -156,7 +156,10 @@ class Wrong(torch.nn.Module):
     "module, message",
     [
         (torch.nn.PReLU, "activation wrong in bfloat16: "),
-        (torch.nn.GLU, r"in float32: TypeError: it makes \(2, 4\) of \(2, 8\), and must keep the shape"),
+        (
+            torch.nn.GLU,
+            r"activation wrong in float32: TypeError: it makes \(2, 4\) of \(2, 8\), and must keep the shape",
+        ),
         (lambda: torch.tanh, "is not a torch.nn.Module: write a class whose forward calls it"),
         (lambda: Wrong("float32"), r"in bfloat16: .* it returns float32: end its forward with .to\(x.dtype\)"),
         (lambda: Wrong("tensor"), r"effective\(\) has a Tensor as 'gain': return numbers, by .item\(\)"),

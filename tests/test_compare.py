@@ -193,6 +193,7 @@ def test_grid(config, tmp_path):
     assert [run.out.name for run in runs] == [f"{name}-seed={seed}" for seed in (2, 1) for name in activations]
     assert runs[3].case == {"activation": "swiglu", "lr": 0.002} and runs[3].config.seed == 2
     assert runs[0].parameters == runs[2].parameters + 4  # two scalars per layer
+    assert runs[0].flops_per_token == runs[2].flops_per_token
     (only,) = read_grid([config], tmp_path, 1)
     assert only.out.name == "xielu-seed=42" and only.case == {"activation": "xielu"}
     assert [run.config.seed for run in read_grid([config, "--seed=3-5,9"], tmp_path, 1)] == [3, 4, 5, 9]
@@ -244,6 +245,16 @@ def test_windows(config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
     assert compare.main([str(config)]) == 2
     assert "needs Linux, macOS or WSL" in capsys.readouterr().err
+
+
+def test_estimate_counts_all_gpus(monkeypatch):
+    monkeypatch.setattr(compare, "outcome", lambda run: None)
+    monkeypatch.setattr(compare, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(compare, "linear_speed", lambda dtype: 1e9)
+    hour = 0.4 * 1e9 * 3600  # FLOPs, of one device
+    for kind, devices in (("cuda", 2 * 8), ("cpu", 2)):
+        run = SimpleNamespace(flops=hour * devices)
+        assert compare.estimate([run], 2, 8, torch.device(kind), None) == "about 1h00m with 2 at once"
 
 
 def test_a_file_in_the_place_of_the_folder(config, corpus, tmp_path, capsys):
@@ -321,6 +332,7 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
     for content, asked, message in [
         (about, longer, "cannot continue: it has max_steps=80, not 50"),
         (about | {"facts": {"the formula of xielu": "max(x, 0)"}}, run, "the formula of xielu changed since the run"),
+        (about | {"facts": {"what xielu computes": [0.0]}}, run, "what xielu computes changed since the run"),
         ([], run, "is not the folder of a run"),
     ]:
         (folder / "config.json").write_text(json.dumps(content))
@@ -510,6 +522,16 @@ def test_finished_runs_are_read_from_the_archive(uninterrupted, tmp_path, capsys
     assert capsys.readouterr().out.count("finished before") == 4 and not (tmp_path / "swiglu-seed=1").exists()
     assert without_speed(tmp_path) == without_speed(whole)
     assert (tmp_path / "runs.jsonl").read_bytes() == (whole / "runs.jsonl").read_bytes()
+
+
+def test_two_implementations_of_an_activation_train_alike(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "launch", in_this_process)
+    out = tmp_path / "out"
+    assert compare.main([config, "--activation=xielu,xielu_reference", "--max_steps=12", f"--out={out}"]) == 0
+    xielu, reference = rows_of(out).values()
+    assert reference["reference"] == "xielu" and xielu["parameters"] == reference["parameters"]
+    assert float(reference["difference"]) == pytest.approx(0, abs=1e-5)
+    assert float(xielu["loss"]) < math.log(257) - 0.1  # they did learn
 
 
 # Appended to a config, which train.py executes: after step 10, a run waits while a file `hold` is in its folder, until

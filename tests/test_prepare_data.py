@@ -537,6 +537,7 @@ def test_mistakes(jsonl, tmp_path, capsys):
         ("--subset is for fineweb-edu", jsonl, "--subset=sample-10BT"),
         ("unknown tokenizer 'gtp2'", jsonl, "--tokenizer=gtp2"),
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=many"),
+        ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=-5"),
         ("at least 2 and below 2147483648", jsonl, "--shard_tokens=3e9"),
         ("at least 2 and below 2147483648", jsonl, "--val_tokens=1"),
         ("--tokkens", jsonl, "--tokkens=5"),

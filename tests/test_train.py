@@ -70,6 +70,8 @@ MISTAKES = [
     ("", "--compile=maybe", "compile must be True or False"),
     ("", "--out", "out must be text"),
     ("dmi = 3", "", "unknown key 'dmi' in .*tiny.py: did you mean 'dim'"),
+    ("dim = '64x'", "", "dim must be a whole number"),
+    ("dim = True", "", "dim must be a whole number"),
     ("resume = 1", "", "resume must be True or False"),
     ("activation = None", "", "activation must be text"),
     ("dim = ", "", "does not run: SyntaxError"),
@@ -88,6 +90,7 @@ MISTAKES = [
     ("", "--tokens_per_step=100", "use --tokens_per_step=128$"),
     ("", "--tokens_per_step=1000", "use --tokens_per_step=1024$"),
     ("", "--tokens_per_step=192", "use --micro_batch_size=3$"),
+    ("", "--n_layers=0", "n_layers must be at least 1"),
     ("", "--n_kv_heads=3", "n_heads=2 is not a multiple of n_kv_heads=3"),
     ("", "--dim=30", "dim=30 over n_heads=2 must give an even number"),
     ("", "--out={tmp}/tiny.py/x", "tiny.py/x cannot be a folder"),
@@ -162,7 +165,10 @@ def test_shipped_configs(path):
 
 def test_what_resuming_may_change():
     then = Config.defaults() | {"max_steps": 400, "dim": 96}
-    saved = {"config": then, "from_file": then}
+    saved = {"config": then | {"lr": 0.5}, "from_file": then}
+    assert Config.resumed(saved, then, {}).lr == 0.5  # given on the first command line, not on this one
+    assert Config.resumed(saved, then, {"lr": 0.1}).lr == 0.1
+    assert Config.resumed(saved, then, {"data": "elsewhere"}).data == "elsewhere"
     longer = then | {"max_steps": 500}
     assert Config.resumed(saved, longer, {}).max_steps == 500  # the file has changed since
     assert Config.resumed(saved, longer, {"max_steps": 600}).max_steps == 600

@@ -47,7 +47,7 @@ def medians(jobs, seconds):
     seconds to warm up, and then as long in each turn; a GPU is waited for before and after, not between calls."""
     threads = torch.get_num_threads()
     timers = {name: Timer("job()", globals={"job": job}, num_threads=threads) for name, job in jobs.items()}
-    # (blocked_autorange would take far longer on a GPU, where it wants a block 10,000 times as long as a wait)
+    # blocked_autorange would choose them too, but on a GPU it takes blocks 10,000 times as long as a wait for the GPU
     counts = {name: max(1, round(seconds / timer.timeit(1).mean)) for name, timer in timers.items()}
 
     def turn():

@@ -52,15 +52,13 @@ from plumbing.run import check_facts, median_speed
 from tools import intervals, plot
 from tools.archive import read_archive, read_run, write_archive
 from tools.intervals import MOST_SEEDS, seeds_for, smallest_difference
-from tools.plot import label_of
+from tools.plot import BUDGETS, label_of
 from train import BAD_STEPS, Config
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
 MATCHED = 0.005
 # Nats per token: results.md says how many seeds it takes to find such a difference
 TARGET = 0.01
-# Keys that set the length of a run: rows are compared with the first activation's at the same length
-BUDGETS = ("tokens_per_parameter", "max_steps")
 
 # ---------------------------------------------------------------------------------------------------------------
 # The grid
@@ -241,6 +239,7 @@ def places(jobs, world, device):
 
 def launch(run, world, place, lock):
     """Start or resume a run in a process of its own, whose output goes to output.txt in its folder."""
+    # 150 seconds to stop: a step and a checkpoint of a large model take more than torchrun's 30
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=150", f"--nproc_per_node={world}"]
     launcher = torchrun if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
@@ -324,13 +323,13 @@ def show(text, passing=False):
 
 
 def estimate(runs, jobs, world, device, dtype):
-    """How long these runs take, `jobs` at once on `world` processes each, in words, at 40 % of the speed of this
+    """How long these runs take, `jobs` at once on `world` GPUs each or on a CPU, in words, at 40 % of the speed of this
     device's matrix products (40 to 50 % is what the models of configs/ reach). Finished ones take none."""
     flops = sum(run.flops for run in runs if not outcome(run))
-    speed = peak_flops(device, dtype) if device.type == "cuda" else linear_speed(dtype)
+    speed, devices = (peak_flops(device, dtype), world) if device.type == "cuda" else (linear_speed(dtype), 1)
     if not speed:
         return "the speed of this device is not known"
-    return f"about {format_seconds(flops / (0.4 * speed * jobs * world))} with {jobs} at once"
+    return f"about {format_seconds(flops / (0.4 * speed * devices * jobs))} with {jobs} at once"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from tools.intervals import differences
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; after the seventh they come again, dashed
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
+# Keys that set the length of a run: an activation is compared with another at the same length
+BUDGETS = ("tokens_per_parameter", "max_steps")
 SYMBOLS = {"alpha_p": "αp", "alpha_n": "αn", "alpha_p3": "αp3", "alpha": "α"}
 
 
@@ -181,8 +183,8 @@ def draw_budget(rows, path):
     """The difference of each row of a comparison to its reference, a dot with its interval, against tokens per
     parameter. Where a line crosses zero, the order of the two changes."""
 
-    def label(name):
-        return re.sub(r" (tokens_per_parameter|max_steps)=\S+", "", name)
+    def label(name):  # without the length
+        return re.sub(rf" ({'|'.join(BUDGETS)})=\S+", "", name)
 
     lines = {}
     for row in rows:
