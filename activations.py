@@ -273,10 +273,7 @@ def load_derived(path):
             raise TypeError("its ACTIVATION is not an Activation")
         return module.ACTIVATION
     except (Exception, SystemExit) as error:
-        reason = first_line(error)
-        if "fused" in reason or "Integral" in reason:  # which other versions imported or called in other ways
-            reason += "; if another version of tools.derive wrote it, delete it and run the command in its first lines"
-        raise UserError(f"activation {path} does not run: {type(error).__name__}: {reason}") from None
+        raise UserError(f"activation {path} does not run: {type(error).__name__}: {first_line(error)}") from None
 
 
 def short_name(name):

@@ -35,7 +35,7 @@ from plumbing.data import HEADER_BYTES, prefetched, shard_header, token_dtype
 from plumbing.files import lock_folder, write_atomically, write_json
 from plumbing.sources import PIECE, SEPARATORS, Skipped, open_source
 from plumbing.tokenizer import get_tokenizer
-from plumbing.unfinished import discard, examine, shard_path, written
+from plumbing.unfinished import examine, shard_path, written
 
 MOST_VAL_TOKENS = 1_000_000  # unless --val_tokens says otherwise
 
@@ -88,9 +88,9 @@ class Stream:
     """The tokens of (position, tokens) batches, to be taken in exact amounts. `position` and `used` say how far they
     are taken: the position of the current batch, and how many of its tokens are used."""
 
-    def __init__(self, encoded):
-        self.encoded = encoded
-        self.position, self.tokens, self.used = None, np.array([], np.uint32), 0
+    def __init__(self, encoded, used):
+        self.encoded, self.used = encoded, used
+        self.position, self.tokens = next(encoded, (None, np.array([], np.uint32)))
 
     def more(self):
         """Whether there are more tokens. Reads the next batch if the current one is used up."""
@@ -200,9 +200,7 @@ def fill(args, read, encoding, state, skipped):
         if sizes["val"] is None and not state["shards"]:
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
             sizes["val"] = found // 10
-        stream = Stream(encoded)
-        stream.more()  # reads the batch in which the last complete shard ended
-        stream.used = state["used"]
+        stream = Stream(encoded, state["used"])  # it begins in the batch in which the last complete shard ended
         write_shards(stream, args.out, encoding, sizes, state, bar)
 
 
@@ -225,7 +223,6 @@ def prepare(argv):
             print(f"{out} has {state['shards']} shards with {written(state):,} tokens: continuing from there")
         check_room(out, (args.tokens or 0) - written(state), token_dtype(encoding.n_vocab))
         write_json(out / "meta.json.part", state)
-        discard(out, keep=state["shards"])
         try:
             fill(args, read, encoding, state, skipped)
         except MemoryError:
@@ -233,7 +230,8 @@ def prepare(argv):
         skipped.report()
         splits = state["splits"]
         if min(counts["tokens"] for counts in splits.values()) < 2:
-            discard(out)
+            for index in range(state["shards"] + 1):
+                shard_path(out, index).unlink(missing_ok=True)
             (out / "meta.json.part").unlink()
             raise UserError(f"{source} is too short: {written(state)} tokens, where both splits need 2 (--val_tokens)")
         metadata = {"tokenizer": args.tokenizer, "vocab_size": encoding.n_vocab, "splits": splits, "source": source}

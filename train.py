@@ -228,8 +228,6 @@ def introduce(model, config, device, dtype):
         f"{config.tokens_per_step:,} tokens per step, {WORLD} process(es) on {machine.device_name(device)} "
         f"in {str(dtype)[6:]}, {machine.attention_backend(config, device, dtype)} attention"
     )
-    if device.type == "cpu" and model.num_parameters() > 2e8:
-        say("note: no GPU is used, and a model of this size needs several")
 
 
 def make_optimizers(model, config):

@@ -16,17 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
-def key(default, help, low=-math.inf, below=math.inf, most=None, choices=None):
-    """A config key. A number must satisfy low ≤ number < below and number ≤ most; a text must be one of the choices. A
-    whole number is at most 2^31, unless a limit is given: no size or number of steps is larger."""
-    if most is None:
-        most = 2**31 if type(default) is int and below == math.inf else math.inf
-    limits = {"low": low, "below": below, "most": most, "choices": choices}
-    return field(default=default, metadata={"help": help, **limits})
+def key(default, help, **limits):
+    """A config key with limits as in `check_limits`. A whole number is at most 2^31, unless a limit is given: no size
+    or number of steps is larger."""
+    if type(default) is int and not limits.keys() & {"below", "most"}:
+        limits["most"] = 2**31
+    return field(default=default, metadata={"help": help, "limits": limits})
 
 
-def check_limits(name, value, help="", low=-math.inf, below=math.inf, most=math.inf, choices=None):
-    """UserError unless a value is within the limits of its key."""
+def check_limits(name, value, low=-math.inf, below=math.inf, most=math.inf, choices=None):
+    """UserError unless a number satisfies low ≤ number < below and number ≤ most, and a text is one of the choices."""
     if choices and value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
     if isinstance(value, int | float) and not (low <= value < below and value <= most):
@@ -60,7 +59,7 @@ class Keys:
 
     def __post_init__(self):
         for item in fields(self):
-            check_limits(item.name, getattr(self, item.name), **item.metadata)
+            check_limits(item.name, getattr(self, item.name), **item.metadata["limits"])
 
     @classmethod
     def defaults(cls):
@@ -105,13 +104,10 @@ class Keys:
     def read_command(cls, argv):
         """({key: value} of defaults and file, {key: value} of the command line) of `CONFIG.py --key=value …`."""
         files = [argument for argument in argv if not argument.startswith("--")]
-        for option, value in zip(argv, argv[1:]):
-            if option.startswith("--") and option[2:] in cls.defaults() and value in files and value[-3:] != ".py":
-                raise UserError(f"write {option}={value}, with = and without a space")
         if len(files) != 1:
-            hint = ". Put a pattern such as * in quotes" if len(files) > 2 else ""
-            given = " ".join(files[:3]) or "none"
-            raise UserError(f"give one config file, as in train.py configs/demo.py, not {given}{hint}")
+            example = "train.py configs/demo.py --max_steps=100"
+            given = " ".join(files) or "none"
+            raise UserError(f"give one config file, and options with =, as in {example}; not {given}")
         pairs = [argument[2:].partition("=") for argument in argv if argument.startswith("--")]
         options = cls.typed({name: value if equals else True for name, equals, value in pairs}, "on the command line")
         if not options.get("out", True):  # --out= means the default

@@ -264,16 +264,6 @@ def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
         yield inputs, targets
 
 
-def say_unused(corpus, say):
-    """Name the training tokens that are in no sequence, if they are at least 1 % of all."""
-    sequences = np.diff(corpus.ends, prepend=0)  # of each shard
-    tokens = sum(shard.tokens for shard in corpus.shards)
-    unused = tokens - int((sequences * corpus.seq_len + (sequences > 0)).sum())  # the last target is one token more
-    if unused >= tokens / 100:
-        what = f"{unused:,} of {tokens:,} training tokens and {sum(sequences == 0)} of {len(sequences)} shards"
-        say(f"note: {what} are not used, since they fill no sequence of seq_len={corpus.seq_len}")
-
-
 def open_data(config, say):
     """Open the data of a Config: (training Corpus, validation Corpus, meta or None, facts). `facts` are what must stay
     the same from the beginning of a run to its end; the folder's path is not, so that a run can resume after its data
@@ -288,7 +278,6 @@ def open_data(config, say):
         raise UserError(f"{config.data} is too short for one sequence of {config.seq_len} tokens: lower seq_len")
     if max(shard.tokens for shard in validation.shards) < 2:
         raise UserError(f"{config.data} has no validation tokens to predict: prepare it with a larger --val_tokens")
-    say_unused(corpus, say)
     if meta is None:
         say(f"note: {config.data} has no meta.json, so bits per byte are not known")
     elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":

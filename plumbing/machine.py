@@ -211,16 +211,13 @@ def join_processes(device, run):
     """
     if WORLD == 1:
         return
-    backend, gpu, store = "gloo", None, None
+    backend, gpu = "gloo", None
     if device.type == "cuda":
         backend, gpu = "nccl", device
         torch.cuda.set_device(gpu)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, WORLD, is_master=False, timeout=PATIENCE)
-        store = dist.PrefixStore(f"attempt{RESTARTS}", store)
-    places = {"store": store, "rank": RANK, "world_size": WORLD}
-    dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu, **places)
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(f"attempt{RESTARTS}", store)
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu, store=store, rank=rank, world_size=world)
     if any(other != run for other in gathered(run)):
         raise UserError(f"the processes see different runs in {run[0]}: it must be on a disk that all nodes share")
 

@@ -1,6 +1,7 @@
 """The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it, and none
 of its files is ever half written."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -162,15 +163,6 @@ def read_about(out):
         raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
 
 
-def dtype_taken(out, saved):
-    """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
-    machine may be busier now, and decide otherwise."""
-    try:
-        return read_about(out)["config"]["dtype"]
-    except (UserError, KeyError):
-        return saved["config"].get("dtype", "auto") if saved else "auto"
-
-
 def check_facts(began, now, out):
     """UserError if one of the facts {name: value} with which a run began is another now. Numbers may differ by
     rounding; a fact that the run does not have is not compared."""
@@ -237,19 +229,19 @@ class Run:
         if self.back_to and RESTARTS and read_about(self.out)["config"].get("resume_from") == self.back_to:
             self.back_to = 0  # torchrun has restarted a run that has gone back already
         saved = load_checkpoint(self.out, Config, self.back_to) if resume else None
-        if resume and keys["dtype"] == "auto":
-            options = options | {"dtype": dtype_taken(self.out, saved)}
+        if resume and keys["dtype"] == "auto":  # what auto took when the run began; the machine may be busier now
+            with contextlib.suppress(UserError, KeyError):
+                options = options | {"dtype": (saved or read_about(self.out))["config"]["dtype"]}
         if saved:
             self.config = Config.resumed(saved, from_file, options | {"out": keys["out"]})
         else:
             self.config = Config(**(from_file | options))
         self.config.check_batch(WORLD)
         self.loaded = saved
-        self.start = saved["step"] if saved else 0
+        state = saved or {"step": 0, "seconds": 0.0, "loss_average": None, "facts": {}}
+        self.start, self.seconds = state["step"], state["seconds"]
+        self.loss_average, self.facts = state["loss_average"], state["facts"]
         self.saved = self.start if saved else None
-        self.seconds = saved["seconds"] if saved else 0.0
-        self.loss_average = saved["loss_average"] if saved else None
-        self.facts = saved["facts"] if saved else {}
         self.records = read_log(self.out / "log.jsonl", self.start) if saved else []
         self.validated = {record["step"] for record in self.records if record["kind"] == "val"}
         if self.start > self.config.max_steps:
@@ -352,8 +344,11 @@ class Run:
         if speed := values.get("tokens_per_s"):
             left = (self.config.max_steps - step) * self.config.tokens_per_step / speed
             words.append(f"{format_seconds(self.seconds)} elapsed, {format_seconds(left)} left")
-        words += ["spike"] * values.get("spike", False)
-        return "val " * (kind == "val") + "  ".join(words) + ": not finite, update left out" * (kind == "bad")
+        words += ["spike"] if "spike" in values else []
+        text = "  ".join(words)
+        if kind == "bad":
+            return f"{text}: not finite, update left out"
+        return f"val {text}" if kind == "val" else text
 
     def stopped(self, step):
         """Say where a signal stopped the run; returns the exit status."""

@@ -116,7 +116,6 @@ def read_files(files, documents, key, skipped):
     """Yield the documents of files. A text is cut at what SEPARATORS has for `documents`, or left whole for None. If a
     file cannot be read to its end, the rest of it is skipped."""
     for path in files:
-        used = False
         try:
             with open(path, "rb") as file:
                 if compression := COMPRESSIONS.get(Path(path).suffix.lower()):
@@ -127,13 +126,11 @@ def read_files(files, documents, key, skipped):
                     if not isinstance(text, str):
                         skipped.note(f'skipped lines or rows without a text in "{key}"', place)
                         continue
-                    used = True
                     if DELIMITER in text and documents != "endoftext":
                         skipped.note(f"texts with {DELIMITER} as plain text (--documents=endoftext cuts there)", path)
                     yield from parts(text, SEPARATORS[documents]) if documents else [text]
         except (OSError, EOFError, ValueError, NotImplementedError) as error:
-            how = "files used only up to an error" if used else "files not used because of an error"
-            skipped.note(f"{how} ({type(error).__name__})", path)
+            skipped.note(f"files not read beyond an error ({type(error).__name__})", path)
 
 
 def find_files(source, skipped):
@@ -179,9 +176,8 @@ def stdlib_files():
     so that the first million bytes are a fair validation split."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
-    names = [name for name in names if not left_out & set(name.split("/"))]
-    return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    files = [path for path in root.rglob("*.py") if not left_out & {*path.relative_to(root).parts}]
+    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
 
 
 # ---------------------------------------------------------------------------------------------------------------

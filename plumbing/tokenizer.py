@@ -24,10 +24,6 @@ class Bytes:
     def encode_ordinary(self, text):
         return list(text.encode("utf-8", "replace"))
 
-    def decode(self, ids):
-        tokens = [*self._mergeable_ranks, b"<|endoftext|>"]
-        return b"".join(tokens[number] for number in ids).decode("utf-8", "replace")
-
 
 def get_tokenizer(name):
     """The tokenizer of this name; its eot_token delimits documents.

@@ -2,7 +2,6 @@
 meta.json.part that says how far they are."""
 
 import json
-import re
 
 from plumbing.command import UserError
 from plumbing.data import open_shard, read_meta
@@ -47,12 +46,3 @@ def examine(out, settings, fingerprint):
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # a damaged file
     raise UserError(f"{out} holds unfinished data whose settings, source or shards have changed: {REMEDY}")
-
-
-def discard(out, keep=0):
-    """Remove the shards, complete or not, that this program wrote into `out`, except for the first `keep`."""
-    kept = {shard_path(out, index) for index in range(keep)}
-    ours = re.compile(re.escape(out.name) + r"_(val|train)_\d{6}\.bin(\.tmp)?")
-    for path in out.iterdir():
-        if ours.fullmatch(path.name) and path not in kept:
-            path.unlink()

@@ -303,12 +303,19 @@ def test_mistakes(config, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run(config, tmp_path, capsys):
+def test_dry_run(config, tmp_path, capsys, monkeypatch):
     grid = [config, "--activation=xielu,relu2,swiglu", "--seed=1,2", f"--out={tmp_path}/out", "--dry_run"]
     assert compare.main(grid) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and lines[-2].startswith("spread: 0.0")
     assert re.match(r"6 runs, about \d+m\d\ds with 1 at once$", lines[-1])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(compare, "linear_speed", lambda dtype: threads.append(torch.get_num_threads()) or 1e9)
+    threads = [torch.get_num_threads()]
+    assert compare.main([*grid, "--jobs=2"]) == 0
+    torch.set_num_threads(threads[0])
+    assert threads[1] == max(1, threads[0] // 2)  # it is timed with the threads of one run
+    capsys.readouterr()
     assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs per token +20,480 tokens$", lines[5])
     assert not (tmp_path / "out").exists()
     assert compare.main([*grid, "--dim=32,64", "--unmatched"]) == 0

@@ -258,11 +258,6 @@ def test_data_that_do_not_fit_the_config(folder):
     notes = []
     open_data(config_of(folder), notes.append)
     assert notes.pop() == f"note: {folder} has no meta.json, so bits per byte are not known"
-    assert notes.pop().startswith("note: 6 of 160 training tokens and 1 of 3 shards are not used")
-    write(folder / "x_train_000004.bin", np.arange(441))  # 6 of 601 tokens are under 1 %
-    open_data(config_of(folder), notes.append)
-    assert "no meta.json" in notes.pop() and not notes
-    (folder / "x_train_000004.bin").unlink()
     for name, eval_tokens, noted in [("bytes", 10, False), ("gpt2", 10, True), ("gpt2", 50, False)]:
         (folder / "meta.json").write_text(json.dumps(META | {"tokenizer": name}))
         open_data(config_of(folder, eval_tokens=eval_tokens), notes.append)
@@ -296,7 +291,6 @@ def test_bytes_tokenizer():
     text = "naïve 🙂\r\n\0<|endoftext|>"
     ids = encoding.encode_to_numpy(text, disallowed_special=()).tolist()
     assert ids == encoding.encode_ordinary(text) == list(text.encode())
-    assert encoding.decode([*ids, 256]) == text + "<|endoftext|>"
     assert encoding.n_vocab == 257 and encoding.eot_token == 256
 
 

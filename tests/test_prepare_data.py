@@ -222,9 +222,8 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
         for reason, count, places in [
             ('skipped lines or rows without a text in "text"', 9, lines),
             (f"skipped texts with many NULs {utf_16}", 3, ["j.txt", "k.txt", "l.txt"]),
-            ("files not used because of an error (ArrowInvalid)", 1, ["c.parquet"]),
-            ("files not used because of an error (OSError)", 3, ["d.txt.gz", "h.txt", "n.txt.gz"]),
-            ("files used only up to an error (OSError)", 1, ["m.jsonl.gz"]),
+            ("files not read beyond an error (ArrowInvalid)", 1, ["c.parquet"]),
+            ("files not read beyond an error (OSError)", 4, ["d.txt.gz", "h.txt", "m.jsonl.gz", "n.txt.gz"]),
             ("U+FFFD replaces bytes that are not UTF-8 in texts", 1, ["b.txt"]),
         ]
     }
@@ -430,8 +429,8 @@ def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path, name):
     assert main(jsonl, f"--out={whole}", *SMALL) == 0
     out.mkdir(parents=True)
     (out / "meta.json.part").write_text('{"shards": 0}')
-    (out / f"{name}_train_000099.bin").write_bytes(b"left over")
-    (out / f"{name}_train_000100.bin.tmp").write_bytes(b"left over")
+    (out / f"{name}_val_000000.bin").write_bytes(b"left over")
+    (out / f"{name}_val_000000.bin.tmp").write_bytes(b"left over")
     (out / "my_train_notes.tmp").write_bytes(b"not ours")
     assert main(jsonl, f"--out={out}", *SMALL) == 0
     assert contents(out) == contents(whole) | {"my_train_notes.tmp": b"not ours"}

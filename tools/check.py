@@ -61,22 +61,19 @@ VARIANTS = [
     ("as if αn were softplus(alpha_n), without β", {"bound": 0}),
     ("as if softplus were missing", {"softplus": torch.clone}),
     ("as if softplus were taken twice", {"softplus": lambda raw: F.softplus(F.softplus(raw))}),
-    ("as if the branches were swapped", {"expm1": torch.expm1, "swapped": True}),
-    (EPS, {"expm1": lambda x: torch.expm1(x.clamp(max=-1e-6))}),
+    ("as if the branches were swapped", {"most": torch.inf, "swapped": True}),
+    (EPS, {"most": -1e-6}),
     (BF16, {"softplus": lambda raw: F.softplus(raw.bfloat16().double())}),
     (BF16, {"softplus": lambda raw: F.softplus(raw.bfloat16())}),
 ]
 
 
-def clamped_expm1(x):
-    return torch.expm1(x.clamp(max=0))
-
-
-def variant(linear=BETA, inner=1, bound=BETA, softplus=F.softplus, expm1=clamped_expm1, swapped=False):
-    """The results (4, rows) of xIELU in float64, or of one that differs from it by the arguments."""
+def variant(linear=BETA, inner=1, bound=BETA, softplus=F.softplus, expm1=torch.expm1, most=0, swapped=False):
+    """The results (4, rows) of xIELU in float64, or of one that differs from it by the arguments. most: what x is
+    clamped to before expm1."""
     x, raw_p, raw_n = (column.clone().requires_grad_() for column in (X, RAW_P, RAW_N))
     alpha_p, alpha_n = softplus(raw_p).double(), (bound + softplus(raw_n)).double()
-    y = torch.where((x > 0) != swapped, alpha_p * x * x, alpha_n * (expm1(x) - inner * x)) + linear * x
+    y = torch.where((x > 0) != swapped, alpha_p * x * x, alpha_n * (expm1(x.clamp(max=most)) - inner * x)) + linear * x
     return torch.stack([y, *torch.autograd.grad(y.sum(), (x, raw_p, raw_n))]).detach()
 
 
@@ -85,12 +82,12 @@ def suspects(found, weight, dtype, in_float32):
     the gradients are multiplied by, and 1 for f. in_float32: which results are right if x is float32."""
     expected, size, wide = EXPECTED * weight, X.abs(), torch.promote_types(dtype, torch.float32)
     steps = "as if eˣ − 1 were exp(x) − 1, which has no digits left near 0: use expm1, or a series"
-    for cause, parts in [*VARIANTS, (steps, {"expm1": lambda x: torch.exp(x.clamp(max=0).to(wide)).double() - 1})]:
+    for cause, parts in [*VARIANTS, (steps, {"expm1": lambda x: torch.exp(x.to(wide)).double() - 1})]:
         yield cause, (variant(**parts) * weight).to(dtype).double()  # ∞ where that overflows
     slope = torch.stack([torch.ones_like(X), torch.ones_like(X), RAW_P.sigmoid(), RAW_N.sigmoid()])
     yield "as if σ(alpha), the slope of softplus, were missing", expected / slope
     uses = ("ignored", "taken without its sign", "squared", "rounded to bfloat16", "rounded to float16")
-    weights = (weight / weight, weight.abs(), weight**2, weight.bfloat16(), weight.half())
+    weights = (torch.ones_like(weight), weight.abs(), weight**2, weight.bfloat16(), weight.half())
     for use, used in zip(uses, weights):
         yield f"as if ∂L/∂y were {use} in the backward pass", EXPECTED * used
     at_0 = "wrong at x = 0 alone, where torch.min(x, 0), for one, passes on half of the gradient"
@@ -100,8 +97,8 @@ def suspects(found, weight, dtype, in_float32):
     if dtype == torch.bfloat16:
         advice = "right if x is float32: convert x to float32 first, and only the result back"
         yield advice, found.where(in_float32, OTHER)
-        return
-    for narrow in (torch.bfloat16, torch.float16, torch.float32)[: 3 if dtype == torch.float64 else 2]:
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for narrow in (other for other in dtypes if torch.finfo(other).eps > torch.finfo(dtype).eps):
         room = 16 * torch.finfo(narrow).eps * (EXPECTED.abs() + UNIT) * weight.abs()
         close = ((found - expected).abs() <= room) | (size < 1e-3) | (size > 100)
         fits = (found == found.to(narrow)) & close & ~NEAR_0  # near 0 right results have as few digits
@@ -128,21 +125,23 @@ def sentences(found, weight, dtype, in_float32):
         clear = same | (rest < 0.01 * errors) & rest.isfinite()
         causes.append((cause, clear, clear | (rest <= 2 * TOLERANCE[dtype] * (results.abs() + unit))))
     sizes = (errors / torch.maximum(expected.abs(), found.abs())).nan_to_num(1)
-    for (region, here), k in itertools.product(REGIONS.items(), range(4)):
-        bad = wrong[k] & here
-        if not bad.any():
-            continue
+
+    def cause_of(k, region, here, bad):
+        """What explains the wrong results `bad` of quantity k in a region, or else how wrong they are."""
         for cause, clear, near in causes:
             # many formulas agree near 0, so there a cause must hold for all x ≤ 0, unless it is one of these x alone
             must_fit = X <= 0 if here is NEAR_0 and cause != EPS else here
             # a wrong formula shows in f: it is named for a gradient only if it was for f
             allowed = k == 0 or (region, cause) in lines or cause not in dict(VARIANTS)
             if allowed and near[k, must_fit].all() and clear[k, bad].double().mean() > 0.5:
-                break
-        else:  # no cause explains it
-            extent = f"{bad.sum()} of {here.sum()} rows, x from {X[bad].min():.3g} to {X[bad].max():.3g}"
-            cause = f"wrong in {extent}, by {sizes[k, bad].median():.2g} of their size"
-        lines.setdefault((region, cause), []).append(RESULTS[k])
+                return cause
+        extent = f"{bad.sum()} of {here.sum()} rows, x from {X[bad].min():.3g} to {X[bad].max():.3g}"
+        return f"wrong in {extent}, by {sizes[k, bad].median():.2g} of their size"
+
+    for (region, here), k in itertools.product(REGIONS.items(), range(4)):
+        bad = wrong[k] & here
+        if bad.any():
+            lines.setdefault((region, cause_of(k, region, here, bad)), []).append(RESULTS[k])
     others = [f"{', '.join(names)} for {region}: {cause}" for (region, cause), names in lines.items()]
     return [first, *others], ~wrong
 

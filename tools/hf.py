@@ -238,7 +238,7 @@ def write_tokenizer(folder, encoding, seq_len):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), encoding.decode([encoding.eot_token])),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),  # tiktoken's eot_token
         "split_special_tokens": True,  # a special token in a text is plain text, as for prepare_data.py
         "clean_up_tokenization_spaces": False,
     }

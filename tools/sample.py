@@ -7,7 +7,7 @@
     --tokens=200               how many to write; a text also ends where the model ends it
     --temperature=0.8          0 takes the most likely token each time
     --top_k=50                 choose among so many of the most likely; 0 for all
-    --seed=1                   of the choices; the same seed gives the same text
+    --seed=1                   of the choices; the same seed and dtype give the same text
     --num=1                    how many texts
     --tokenizer=NAME           where the data's meta.json names none
     --device=auto --dtype=auto as in train.py
