@@ -34,8 +34,8 @@ def write_json(path, content):
 
 def lock_folder(folder, wait=False):
     """Create a folder and lock it. Returns an open file that holds the lock until it is closed or the process dies,
-    however it dies. If another process has the lock, wait for it, or raise UserError. NotADirectoryError if a file
-    is in the folder's place."""
+    however it dies. If another process has the lock, say so and wait for it, or raise UserError. NotADirectoryError if
+    a file is in the folder's place."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -46,9 +46,12 @@ def lock_folder(folder, wait=False):
         print(f"warning: Windows does not lock folders: start one run in {folder} at a time")
         return file
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process writes to {folder}: wait until it ends, or choose another --out") from None
+        if not wait:
+            raise UserError(f"another process writes to {folder}: let it end, or choose another --out") from None
+        print(f"another process writes to {folder}: waiting until it ends", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         print(f"warning: {folder} is on a disk without locks ({error.strerror}): start one run in it at a time")
     return file

@@ -79,7 +79,8 @@ def rows_of(out):
         (0.5, 0.5, "is not significantly different"),
         (0.5, 0.1, "[+0.4000, +0.6000], 2.5 standard deviations: its loss is higher."),
         (-0.5, 0.1, "its loss is lower."),
-        (0.0, 0.0, "+0.0000 nats per token: the losses are equal."),
+        (0.5, 0.0, "its loss is higher."),
+        (0.0, 0.0, "+0.0000 nats per token [+0.0000, +0.0000], 0.0 standard deviations: its loss is not significantly"),
     ],
 )
 def test_verdict(difference, half, words):
@@ -166,12 +167,14 @@ def test_what_is_printed_of_each_run(fake_run, monkeypatch, capsys):
 
     clock = itertools.count(0, 3600)
     monkeypatch.setattr(compare, "launch", fails_at_the_end)
+    monkeypatch.setattr(compare, "open_data", lambda *_: None)
     monkeypatch.setattr(compare.time, "monotonic", lambda: next(clock))
     assert compare.run_all([first, done, last], [{}], 1, None, -3600, [last]) == {last.out.name: "diverged"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"[2/3] {done.out.name}: val loss 3.0000, finished before"
-    assert lines[1] == f"[1/3] {first.out.name}: val loss 3.0000 in 1h00m; 3h00m elapsed, 2h00m left in all"
-    assert lines[2] == f"[3/3] {last.out.name}: diverged in 1h00m; 6h00m elapsed, 0m00s left in all"
+    assert lines[1] == f"[1/3] {first.out.name}: started; its output goes to {first.out}/output.txt"
+    assert lines[2] == f"[1/3] {first.out.name}: val loss 3.0000 in 1h00m; 3h00m elapsed, 2h00m left in all"
+    assert lines[4] == f"[3/3] {last.out.name}: diverged in 1h00m; 6h00m elapsed, 0m00s left in all"
 
 
 def test_a_run_that_gave_up_has_diverged(fake_run):
@@ -261,7 +264,7 @@ def test_a_file_in_the_place_of_the_folder(config, corpus, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert compare.main([str(config), f"--out={tmp_path}/file"]) == 2
     printed = capsys.readouterr()
-    assert "file cannot be a folder" in printed.err and "another comparison" not in printed.out
+    assert "file cannot be a folder" in printed.err and "another process" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,7 @@ def test_mistakes(config, tmp_path, capsys, arguments, message):
     assert compare.main([config, *arguments, f"--out={tmp_path}/out"]) == 2
     stderr = capsys.readouterr().err
     assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.glob("out/*")} <= {"lock"}
 
 
 def test_dry_run(config, tmp_path, capsys, monkeypatch):
@@ -343,8 +346,9 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
         ([], run, "is not the folder of a run"),
     ]:
         (folder / "config.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match=f"{re.escape(str(folder))}.*{re.escape(message)}"):
+        with pytest.raises(UserError, match=message) as error:
             compare.check_folder(asked)
+        assert str(folder) in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ tuning
@@ -455,7 +459,7 @@ def test_other_keys_are_tuned_by_themselves(config, tmp_path, pretend):
     assert compare.main([*grid, f"--out={tmp_path}"]) == 0
     assert "xielu-weight_decay=0-lr=0.002-seed=1" in trained and len(trained) == 4 * 3 + 4
     references = [row["reference"] for row in rows_of(tmp_path).values()]
-    assert references == ["xielu weight_decay=0", "xielu weight_decay=0.1"] * 2
+    assert references == ["xielu weight_decay=0"] * 2 + ["xielu weight_decay=0.1"] * 2
 
 
 def test_a_tuning_run_that_failed_stops_the_choice(config, tmp_path, pretend, capsys):
@@ -479,7 +483,7 @@ def test_the_same_code_under_two_names_tunes_and_trains_alike(config, tmp_path, 
     assert compare.main([config, names, *shorter, f"--out={out}"]) == 0
     one, two = rows_of(out).values()
     assert two["difference"] == "0.0" and one["lr"] == two["lr"] and one["losses"] == two["losses"]
-    assert "two against one: +0.0000 nats per token: the losses are equal." in (out / "results.md").read_text()
+    assert "two against one: +0.0000 nats per token [+0.0000, +0.0000]" in (out / "results.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------ whole comparisons
@@ -597,7 +601,7 @@ def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
     process.wait()
 
     process = launch(output, *grid)
-    until("another comparison writes to .*: waiting", output)
+    until("another process writes to .*: waiting", output)
     for run in held_runs:
         (run / "hold").unlink()
     assert process.wait(timeout=300) == 0, output.read_text()
@@ -607,7 +611,6 @@ def test_interrupted_and_killed_and_started_again(uninterrupted, tmp_path):
 
 
 def test_a_failed_run_is_reported_and_the_others_continue(uninterrupted, tmp_path, monkeypatch, capsys):
-    """On a terminal, where the steps of a run are shown too."""
     grid, whole = uninterrupted
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -615,14 +618,12 @@ def test_a_failed_run_is_reported_and_the_others_continue(uninterrupted, tmp_pat
         (out / name / "log.jsonl").unlink()
     (out / "swiglu-seed=1" / "ckpt.pt").write_bytes(b"damaged")
     (out / "xsilu-seed=2" / "ckpt.pt").unlink()
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert compare.main([*grid, f"--out={out}"]) == 1
     output = capsys.readouterr().out
     assert re.search(
         r"\[2/4\] swiglu-seed=1: failed with status 2 in .* left in all: error: checkpoint .* cannot be read", output
     )
     assert "- swiglu-seed=1 failed with status 2." in output
-    assert re.search(r"\r\033\[K\[3/4\] xsilu-seed=2: .*\r\033\[K\[3/4\] xsilu-seed=2: val loss", output, re.S)
     # seed 1 is left out, since swiglu lacks it; one seed has no interval
     assert "Left out with xsilu, since a row lacks them: seeds [1]." in output
     assert rows_of(out)["swiglu"]["seeds"] == "2" and not rows_of(out)["swiglu"]["interval"]

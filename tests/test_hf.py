@@ -247,18 +247,18 @@ SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_
     "keys, message",
     [
         ({"model_type": "gpt2"}, "no model of type gpt2"),
-        ({"model_type": "nobody"}, "cannot be read"),
+        ({"model_type": "nobody"}, "config.json does not make a model"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "positions of type linear"),
-        ({"rope_parameters": "none"}, "config.json cannot be read"),
+        ({"rope_parameters": "none"}, "config.json does not make a model"),
         ({"model_type": "llama", "hidden_act": "silu", "intermediate_size": 49}, "intermediate_size is odd"),
         ({"hidden_size": 64}, "torch.Size([257, 32]) from checkpoint"),
         ({"hidden_size": 2**31}, "the weights do not fit config.json"),
         ({"num_hidden_layers": 10_000}, "config.json has 10000 layers, and the weights have 2"),
-        ({"rms_norm_eps": "small"}, "config.json cannot be read"),
+        ({"rms_norm_eps": "small"}, "config.json does not make a model"),
         ({"vocab_size": -1}, "config.json does not make a model"),  # of which transformers has more to say
         ({"num_attention_heads": 0}, "config.json"),
         ({"nanoxielu_config": {"lr": "fast"}}, "config.json does not make a model: lr must be a number"),
-        ({"nanoxielu_config": [3]}, "config.json cannot be read"),
+        ({"nanoxielu_config": [3]}, "config.json does not make a model"),
         *(({key: value}, "config.json ") for key in SIZES for value in (10**30, -1, "3", None, 2.5, [])),
     ],
 )

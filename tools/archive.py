@@ -10,10 +10,10 @@ from plumbing.run import read_about, read_log
 
 def read_run(out):
     """(what config.json says, the records of the log) of a run, from its folder or else from the archive beside it;
-    UserError if it is in neither."""
-    if (out / "config.json").exists() or out.name not in (archive := read_archive(out.parent)):
+    (None, []) if it is in neither."""
+    if (out / "config.json").exists():
         return read_about(out), read_log(out / "log.jsonl")
-    return archive[out.name]
+    return read_archive(out.parent).get(out.name, (None, []))
 
 
 @functools.cache

@@ -49,11 +49,7 @@ def medians(jobs, seconds):
     timers = {name: Timer("job()", globals={"job": job}, num_threads=threads) for name, job in jobs.items()}
     # blocked_autorange would choose them too, but on a GPU it takes blocks 10,000 times as long as a wait for the GPU
     counts = {name: max(1, round(seconds / timer.timeit(1).mean)) for name, timer in timers.items()}
-
-    def turn():
-        return {name: timer.timeit(counts[name]).mean for name, timer in timers.items()}
-
-    _, *turns = [turn() for _ in range(TURNS + 1)]
+    _, *turns = [{name: timers[name].timeit(counts[name]).mean for name in jobs} for _ in range(TURNS + 1)]
     return {name: statistics.median(turn[name] for turn in turns) for name in jobs}
 
 

@@ -24,9 +24,7 @@ import csv
 import itertools
 import math
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +48,7 @@ from plumbing.files import lock_folder
 from plumbing.machine import linear_speed, peak_flops, pick_device, pick_dtype
 from plumbing.run import check_facts, median_speed
 from tools import intervals, plot
-from tools.archive import read_archive, read_run, write_archive
+from tools.archive import read_run, write_archive
 from tools.intervals import MOST_SEEDS, seeds_for, smallest_difference
 from tools.plot import BUDGETS, label_of
 from train import BAD_STEPS, Config
@@ -102,10 +100,9 @@ def read_grid(argv, out, world, key=None):
         name, equals, values = argument.partition("=")
         values = [value for each in values.split(",") for value in (seeds_of(each) if name == "--seed" else [each])]
         lists[name] = [f"{name}={value}" for value in values] if equals else [name]
-    rowless = ("--activation", "--seed", f"--{key}")
     # The length names a run even if there is one, so that a comparison can grow by another length
-    rows = [name for name, values in lists.items() if len(values) > 1 or name == "--tokens_per_parameter"]
-    varied = [name[2:] for name in rows if name not in rowless]
+    names = [name[2:] for name, values in lists.items() if len(values) > 1 or name == "--tokens_per_parameter"]
+    varied = [name for name in names if name not in ("activation", "seed", key)]
     runs = {}
     for arguments in itertools.product(*lists.values()):
         from_file, options = Config.read_command(arguments)
@@ -137,7 +134,7 @@ def share_dtype(runs, argv):
         return argv
     if len(auto) < len(runs):
         raise UserError("dtype=auto takes one of the other dtypes: leave it out of the list")
-    taken = [about["config"]["dtype"] for run in auto if (about := read(run)[0])]
+    taken = [about["config"]["dtype"] for run in auto if (about := read_run(run.out)[0])]
     dtype = taken[0] if taken else str(pick_dtype("auto", pick_device(auto[0].config.device), print))[6:]
     return [*argv, f"--dtype={dtype}"]
 
@@ -160,11 +157,6 @@ def file_name(text):
     return text.replace(" ", "-").replace("/", "_")
 
 
-def spread(numbers):
-    """(largest − smallest) / smallest."""
-    return max(numbers) / min(numbers) - 1
-
-
 def print_grid(runs):
     """Print the runs and their sizes."""
     width = max(len(run.out.name) for run in runs)
@@ -175,8 +167,8 @@ def print_grid(runs):
 
 def check_matched(runs, unmatched):
     """Print how far the sizes of the runs are apart; UserError if that is too far, unless `unmatched`."""
-    parameters = spread([run.parameters for run in runs])
-    flops = spread([run.flops_per_token for run in runs])
+    sizes = zip(*((run.parameters, run.flops_per_token) for run in runs))
+    parameters, flops = (max(size) / min(size) - 1 for size in sizes)
     print(f"spread: {parameters:.3%} of parameters, {flops:.3%} of FLOPs per token")
     if parameters > MATCHED and not unmatched:
         limit = f"differ by {parameters:.2%}, more than {MATCHED:.1%}"
@@ -187,41 +179,33 @@ def check_matched(runs, unmatched):
 # Running it
 
 
-def read(run):
-    """(what its config.json says, the records of its log) of a run; (None, []) if it has not begun."""
-    begun = (run.out / "config.json").exists() or run.out.name in read_archive(run.out.parent)
-    return read_run(run.out) if begun else (None, [])
-
-
 def check_folder(run):
     """UserError if the run's folder holds a run with another config, or of an activation that has changed since."""
-    if not (about := read(run)[0]):
+    if not (about := read_run(run.out)[0]):
         return
-    try:
-        for name, value in vars(run.config).items():
-            saved = about["config"].get(name, value)
-            if name == "activation":  # whose file may have moved
-                saved, value = short_name(saved), short_name(value)
-            if name not in ("out", "resume") and saved != value:
-                raise UserError(f"it has {name}={saved!r}, not {value!r}")
-        check_facts(about.get("facts", {}), facts_of(run.config.activation), run.out)
-    except UserError as error:
-        raise UserError(f"{run.out} cannot continue: {error}: choose another --out, or delete it") from None
+    for name, value in vars(run.config).items():
+        saved = about["config"].get(name, value)
+        if name == "activation":  # whose file may have moved
+            saved, value = short_name(saved), short_name(value)
+        if name not in ("out", "resume") and saved != value:
+            reason = f"it has {name}={saved!r}, not {value!r}"
+            raise UserError(f"{run.out} cannot continue: {reason}: choose another --out, or delete it")
+    check_facts(about.get("facts", {}), facts_of(run.config.activation), run.out)
 
 
 def outcome(run):
     """The last validation of a finished run, {"loss", "bits_per_byte", …}, with its "tokens_per_s" and "memory";
     {"loss": inf} if it has diverged, and None if it is not finished."""
-    records = [record for record in read(run)[1] if record["step"] <= run.config.max_steps]
+    records = read_run(run.out)[1]
     final = [record for record in records if record["kind"] == "val" and record["step"] == run.config.max_steps]
     bad = [record["step"] for record in records if record["kind"] == "bad"][-BAD_STEPS:]
-    gave_up = len(bad) == BAD_STEPS and bad[-1] - bad[0] == BAD_STEPS - 1 and bad[-1] == records[-1]["step"]
+    gave_up = len(bad) == BAD_STEPS and bad[-1] - bad[0] == BAD_STEPS - 1  # a run that does so ends there
     if gave_up or (final and not math.isfinite(float(final[0]["loss"]))):
         return {"loss": math.inf}
     if not final:
         return None
-    memory = [record.get("memory") for record in records if record["kind"] == "train"][-1:]
-    return final[0] | {"tokens_per_s": median_speed(records), "memory": memory[0] if memory else None}
+    memory = max((record["memory"] for record in records if record.get("memory")), default=None)
+    return final[0] | {"tokens_per_s": median_speed(records), "memory": memory}
 
 
 def places(jobs, world, device):
@@ -255,23 +239,25 @@ def launch(run, world, place, lock):
 
 
 def run_all(runs, places, world, lock, start, later=()):
-    """Run what is not finished, as many at once as there are places; returns {name of a run that failed or diverged:
-    which}. `start` is when the comparison began, and `later` are the runs that come after these. After Ctrl-C, each run
-    saves a checkpoint first."""
-    for run in runs:
-        check_folder(run)
+    """Run what is not finished, as many at once as there are places; UserError if its data cannot be used. Returns
+    {name of a run that failed or diverged: which}. `start` is when the comparison began, and `later` are the runs that
+    come after these. After Ctrl-C, each run saves a checkpoint first."""
     titles = {run: f"[{number}/{len(runs)}] {run.out.name}" for number, run in enumerate(runs, 1)}
     waiting, free, running, failed = [], list(places), {}, {}
     for run in runs:
+        check_folder(run)
         if outcome(run):
             note_outcome(run, titles[run], ", finished before", failed)
         else:
             waiting.append(run)
+    for config in {run.config.data: run.config for run in waiting}.values():
+        open_data(config, print)
     try:
         while waiting or running:
             while waiting and free:
                 run, place = waiting.pop(0), free.pop(0)
                 running[run] = launch(run, world, place, lock), place, time.monotonic()
+                print(f"{titles[run]}: started; its output goes to {run.out}/output.txt", flush=True)
             time.sleep(0.1)
             for run, (process, place, began) in list(running.items()):
                 if process.poll() is None:
@@ -283,7 +269,6 @@ def run_all(runs, places, world, lock, start, later=()):
                 left = took * flops / run.flops / len(places)  # as long per FLOP as this one
                 times = " in {}; {} elapsed, {} left in all".format(*map(format_seconds, (took, elapsed, left)))
                 note_outcome(run, titles[run], times, failed, process.returncode)
-            show("   ".join(f"{titles[run]}: {progress(run)}" for run in running), passing=True)
     finally:
         for process, *_ in running.values():
             process.terminate()
@@ -302,24 +287,7 @@ def note_outcome(run, title, times, failed, status=None):
         times += f": {errors[-1].strip() if errors else ''} (its whole output is in {run.out}/output.txt)"
     elif math.isinf(result["loss"]):
         failed[run.out.name] = "diverged"
-    show(f"{title}: {failed.get(run.out.name) or 'val loss {:.4f}'.format(result['loss'])}{times}")
-
-
-def progress(run):
-    """How far a run is, by the last line of its output that tells it."""
-    with open(run.out / "output.txt", "rb") as output:
-        output.seek(max(0, os.path.getsize(output.name) - 2000))
-        lines = re.findall(r"(step \d+/\d+) .*  \w+ elapsed, (\w+ left)", output.read().decode("utf-8", "replace"))
-    return ", ".join(lines[-1]) if lines else "starting"
-
-
-def show(text, passing=False):
-    """Print a line. A passing one is overwritten by the next, and left out where the output is not a terminal."""
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        print(f"\r\033[K{text[: width - 1] if passing else text}", end="" if passing else "\n", flush=True)
-    elif not passing:
-        print(text, flush=True)
+    print(f"{title}: {failed.get(run.out.name) or 'val loss {:.4f}'.format(result['loss'])}{times}", flush=True)
 
 
 def estimate(runs, jobs, world, device, dtype):
@@ -368,24 +336,24 @@ def mean(values):
 
 
 def summarize(runs):
-    """(rows, resolutions): a row of the table for each case with a finished run, as a dict of plain numbers, and for
-    each reference a sentence. The reference of a row is that of the first activation, all other keys alike; if there is
-    one activation, it has the first value of each key but the length."""
+    """(rows, resolutions): a row of the table for each case with a finished run, as a dict of plain numbers, below its
+    reference, and for each reference a sentence. The reference of a row is that of the first activation, all other keys
+    alike; if there is one activation, it has the first value of each key but the length."""
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
-    change = {name: value for name, value in first.items() if name == "activation" or not (several or name in BUDGETS)}
+    replaced = {"activation"} if several else first.keys() - set(BUDGETS)
+    of_reference = {name: first[name] for name in replaced}
     groups = {}
     for run in runs:
         if (result := outcome(run)) and math.isfinite(result["loss"]):
-            group = groups.setdefault(label_of(run.case | change), {})
+            group = groups.setdefault(label_of(run.case | of_reference), {})
             group.setdefault(run.row, {})[run.config.seed] = run, result
     rows, resolutions = [], []
     for reference, group in groups.items():
         compared, resolution = compare_rows(reference, group)
         rows += compared
         resolutions += resolution
-    order = [run.row for run in runs]
-    return sorted(rows, key=lambda row: order.index(row["name"])), resolutions
+    return rows, resolutions
 
 
 def compare_rows(reference, group):
@@ -418,8 +386,7 @@ def compare_rows(reference, group):
         )
     if not compared:
         return rows, []
-    by_row = [[group[name][seed][1]["loss"] for seed in rows[0]["seeds"]] for name in group]
-    differences, half, sd = intervals.differences(by_row)
+    differences, half, sd = intervals.differences([row["losses"] for row in rows])  # their seeds are in one order
     for row, difference in zip(rows[1:], map(float, differences)):
         row["difference"] = difference
         if half is not None:
@@ -449,8 +416,6 @@ def verdict(row):
     if row["interval"] is None:
         return f"{text}, of one seed, so without an interval."
     low, high = row["interval"]
-    if row["difference"] == low == high:
-        return f"{text}: the losses are equal."
     better = "is lower" if high < 0 else "is higher" if low > 0 else "is not significantly different"
     return f"{text} [{low:+.4f}, {high:+.4f}], {abs(row['effect']):.1f} standard deviations: its loss {better}."
 
@@ -493,7 +458,7 @@ def describe_tuning(name, losses, key):
 
 def describe_origin(runs, argv):
     """[where the results come from], in words. Where runs differ in it, all is said."""
-    abouts = [read(run)[0] for run in runs if outcome(run)]
+    abouts = [read_run(run.out)[0] for run in runs if outcome(run)]
     lists = {
         "Data": [f"{about['config']['data']}, tokenizer {about['facts'].get('tokenizer')}" for about in abouts],
         "Training": [f"{run.tokens:,} tokens per run" for run in runs],
@@ -530,12 +495,11 @@ def write_results(rows, text, out):
 def draw_figures(runs, rows, tuning, key, out):
     """Draw what can be drawn: budget.png; loss.png; scalars-NAME.png of each row of the longest runs whose activation
     has trained scalars; tune.png. Returns the names."""
-    done = [run for run in runs if (result := outcome(run)) and math.isfinite(result["loss"])]
-    longest = max(run.tokens for run in done)
-    groups = {}
-    for run in done:
-        if run.tokens == longest:
-            groups.setdefault(run.row, []).append(run.out)
+    folders = {}  # {tokens: {row: [folder]}}
+    for run in runs:
+        if (result := outcome(run)) and math.isfinite(result["loss"]):
+            folders.setdefault(run.tokens, {}).setdefault(run.row, []).append(run.out)
+    groups = folders[max(folders)]
     figures = {"budget.png": partial(plot.draw_budget, rows)}
     figures["loss.png"] = partial(plot.draw_loss, [folder for group in groups.values() for folder in group])
     figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in groups.items()}
@@ -569,27 +533,26 @@ def compare(argv):
     options, others = parser.parse_known_args(argv)
     refuse_windows("tools.compare")
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
-    out, world = Path(options.out or f"out/compare/{name}"), options.nproc_per_node
+    out, world, up_to = Path(options.out or f"out/compare/{name}"), options.nproc_per_node, options.tune_up_to
     key, values = read_tune(options.tune, others) if options.tune else (None, [])
     tried = [f"--{key}={','.join(map(str, values))}"] if key else []
 
-    def grid(dtype=()):
-        """(the tuning runs, the runs that are compared, with each value of the tuned key)."""
-        tuning = read_grid([*others, *dtype, *tried, f"--seed={options.tune_seeds}"], out, world, key) if key else []
-        tuning = [run for run in tuning if tuned_row(run, options.tune_up_to) == run.row]
-        return tuning, read_grid([*others, *dtype, *tried], out, world, key)
+    def grid(arguments):
+        """(the tuning runs, the candidates: the runs that may be compared, with each value of the tuned key)."""
+        tuning = read_grid([*arguments, *tried, f"--seed={options.tune_seeds}"], out, world, key) if key else []
+        tuning = [run for run in tuning if tuned_row(run, up_to) == run.row]
+        return tuning, read_grid([*arguments, *tried], out, world, key)
 
-    def stand_ins(runs):
-        """One run for each that will be compared, before its tuned value is known: that with the first value."""
-        return [run for run in runs if not key or run.tuned[key] == values[0]]
+    def with_first_value(candidates):
+        """As many runs as will be compared, before their tuned values are known."""
+        return [run for run in candidates if not key or run.tuned[key] == values[0]]
 
-    tuning, plan = grid()
-    if seeds := {run.config.seed for run in plan} & {run.config.seed for run in tuning}:
+    tuning, candidates = grid(others)
+    if seeds := {run.config.seed for run in candidates} & {run.config.seed for run in tuning}:
         raise UserError(f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning")
-    if unknown := {tuned_row(run, options.tune_up_to) for run in plan} - {run.row for run in plan}:
-        raise UserError(f"--tune_up_to={options.tune_up_to:g} is not one of the lengths: there is no {min(unknown)}")
-    finished = {(run.row, run.config.seed) for run in plan if outcome(run)}
-    plan = stand_ins(plan)
+    if unknown := {tuned_row(run, up_to) for run in candidates} - {run.row for run in candidates}:
+        raise UserError(f"--tune_up_to={up_to:g} is not one of the lengths: there is no {min(unknown)}")
+    plan = with_first_value(candidates)
     device = pick_device(plan[0].config.device)
     at_once = places(options.jobs, world, device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -603,26 +566,17 @@ def compare(argv):
     if options.dry_run:
         print(f"{len(tuning + plan)} runs, {estimate(tuning + plan, len(at_once), world, device, dtype)}")
         return 0
-    if not all(map(outcome, tuning)) or finished != {(run.row, run.config.seed) for run in plan}:
-        for config in {(run.config.data, run.config.device): run.config for run in plan}.values():
-            pick_device(config.device)
-            open_data(config, print)
-    try:
-        lock = lock_folder(out)
-    except UserError:
-        print(f"another comparison writes to {out}: waiting until it ends", flush=True)
-        lock = lock_folder(out, wait=True)
-    with lock:
-        tuning, plan = grid(share_dtype(tuning + plan, others)[len(others) :])
+    with lock_folder(out, wait=True) as lock:
+        tuning, candidates = grid(share_dtype(tuning + candidates, others))
         train = partial(run_all, places=at_once, world=world, lock=lock, start=time.monotonic())
         try:
-            failed = train(tuning, later=stand_ins(plan))
+            failed = train(tuning, later=with_first_value(candidates))
             losses = tuned_losses(key, tuning, failed)
             chosen = {name: best_value(tried) for name, tried in losses.items()}
-            runs = [run for run in plan if not key or run.tuned[key] == chosen[tuned_row(run, options.tune_up_to)]]
+            runs = [run for run in candidates if not key or run.tuned[key] == chosen[tuned_row(run, up_to)]]
             failed |= (wrong := train(runs))
         finally:
-            write_archive(out, {run.out.name for run in tuning + plan if outcome(run)})
+            write_archive(out, {run.out.name for run in tuning + candidates if outcome(run)})
         rows, resolutions = summarize(runs)
         if not rows:
             raise UserError(f"none of the runs finished; the first {next(iter(failed.values()))}")

@@ -21,7 +21,6 @@ loads all digits (strict=False, because the file holds a tied output head only o
 import importlib.util
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten
 
@@ -115,16 +114,12 @@ def our_config(folder):
     try:
         hf = AutoConfig.from_pretrained(folder).to_dict()
         hf |= hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # where transformers 5 keeps rope_theta
-        run = dict(hf.get("nanoxielu_config") or {})
-    except Exception as error:  # it has many kinds
-        raise UserError(f"{path} cannot be read: {error}") from None
-    model_type, hidden_act = kind = hf["model_type"], str(hf.get("hidden_act"))
-    if kind not in FAMILIES:
-        known = ", ".join(" with ".join(pair) for pair in FAMILIES)
-        raise UserError(f"no model of type {model_type} with {hidden_act}: there are {known}")
-    if hf.get("rope_type", "default") != "default":
-        raise UserError(f"rotary positions of type {hf['rope_type']} are not those of this code")
-    try:
+        model_type, hidden_act = kind = hf["model_type"], str(hf.get("hidden_act"))
+        if kind not in FAMILIES:
+            known = ", ".join(" with ".join(pair) for pair in FAMILIES)
+            raise UserError(f"no model of type {model_type} with {hidden_act}: there are {known}")
+        if hf.get("rope_type", "default") != "default":
+            raise UserError(f"rotary positions of type {hf['rope_type']} are not those of this code")
         model = ModelConfig.typed({ours: hf.get(theirs) for ours, theirs in KEYS.items()}, f"in {path}")
         model |= {"activation": FAMILIES[kind][0][0], "qk_norm": model_type == "apertus"}
         if model_type == "llama":
@@ -132,8 +127,9 @@ def our_config(folder):
                 raise UserError("intermediate_size is odd, and a gated MLP of this code has an even width")
             model["ffn_dim"] = model["ffn_dim"] * 3 // 2
         ModelConfig(**model)
-        return Config.typed(run, f"in {path}") | model, hf.get("nanoxielu_tokenizer")
-    except UserError as error:
+        run = Config.typed(dict(hf.get("nanoxielu_config") or {}), f"in {path}")
+        return run | model, hf.get("nanoxielu_tokenizer")
+    except Exception as error:  # transformers has many kinds
         raise UserError(f"{path} does not make a model: {error}") from None
 
 
@@ -283,10 +279,9 @@ def import_folder(folder, out, options):
     """Make a run, at step 0, of a folder. options: {key: value} of train.py for its config; what they leave open is as
     in the run that was exported, if the folder says so."""
     values, tokenizer = our_config(folder)
-    fixed = [item.name for item in fields(ModelConfig)]
     for name, value in options.items():
         # fewer positions are the same model; everything else that makes it is in the folder
-        if name in (*fixed, *PLACE) and not (name == "seq_len" and value <= values[name]):
+        if name in (*ModelConfig.defaults(), *PLACE) and not (name == "seq_len" and value <= values[name]):
             raise UserError(f"--{name}={value} cannot be set: the model in {folder} has {values.get(name, 'its own')}")
     # a model of others gets a few sequences per step, whatever their length
     seq_len = options.get("seq_len", values["seq_len"])

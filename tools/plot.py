@@ -78,10 +78,10 @@ def read_groups(folders):
     for folder in map(Path, folders):
         about, records = read_run(folder)
         records = [record for record in records if record["kind"] == "val"]
+        if not records:
+            raise UserError(f"{folder} is not the folder of a run, or it has no validation in its log yet")
         validations = {record["tokens"]: record | {"loss": float(record["loss"])} for record in records}
         runs.append((about["config"], validations))
-        if not records:
-            raise UserError(f"{folder} has no validation in its log yet: try again once train.py has printed one")
     if not runs:
         raise UserError("give the folders of runs, as in out/compare/demo/*-seed=*")
     names = [name for name in runs[0][0] if name not in ("activation", "seed", "out", "resume")]
@@ -127,6 +127,7 @@ def draw_loss(folders, path):
     groups = read_groups(folders)
     columns = min(len(groups), 2)
     figure, [axes] = new_figure(1, columns, 2 + 4.5 * columns, 4.5 + 0.1 * len(groups))
+    late = []
     for number, (label, group) in enumerate(groups.items()):
         tokens = common_tokens(group)[1:]  # without the untrained model
         if len(tokens) < 2:
@@ -134,7 +135,7 @@ def draw_loss(folders, path):
         style, losses = line_style(number), logged(group, "loss", tokens, group)
         axes[0].plot(tokens, losses.T, linewidth=0.7, alpha=0.5, **style)
         axes[0].plot(tokens, losses.mean(axis=0), label=label, linewidth=2, **style)
-    late = [loss for group in groups.values() for run in group.values() for loss in last_half(run)]
+        late.extend(losses[:, len(tokens) // 2 - 1 :].flat)  # early losses are far larger
     axes[0].set(ylabel="validation loss (nats per token)", ylim=limits(late))
     columns = max(1, 110 // (6 + max(map(len, groups))))  # as many as fit below the figure
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
@@ -145,14 +146,9 @@ def draw_loss(folders, path):
     save(figure, path)
 
 
-def last_half(run):
-    """The finite losses of the second half of a run, which decides the scale: early ones are far larger."""
-    losses = [record["loss"] for _, record in sorted(run.items())][1:]
-    return [loss for loss in losses[len(losses) // 2 - 1 :] if math.isfinite(loss)]
-
-
 def limits(values):
-    """The limits of an axis that shows these values."""
+    """The limits of an axis that shows those of these values that are finite."""
+    values = [value for value in values if math.isfinite(value)]
     margin = 0.15 * (max(values) - min(values)) or 1e-3
     return min(values) - margin, max(values) + margin
 
@@ -175,7 +171,7 @@ def draw_differences(axis, groups):
         axis.fill_between(tokens, mean - halves, mean + halves, color=line_style(number)["color"], alpha=0.15, lw=0)
     late = slice(len(tokens) // 2, None)
     shown = [0, *(means + halves)[:, late].flat, *(means - halves)[:, late].flat]
-    axis.set(ylim=limits([value for value in shown if math.isfinite(value)]))
+    axis.set(ylim=limits(shown))
     axis.set_ylabel(textwrap.fill(f"loss − loss of {first}, seeds: {len(seeds)} (nats)", 40))
 
 
@@ -200,8 +196,7 @@ def draw_budget(rows, path):
         places = [shift * row["tokens"] / row["parameters"] for row in its_rows]
         differences = [row["difference"] for row in its_rows]
         halves = [row["interval"][1] - row["difference"] if row["interval"] else 0 for row in its_rows]
-        axis.plot(places, differences, linewidth=1.6, **line_style(number))
-        style = {"color": line_style(number)["color"], "fmt": "o", "markersize": 7, "linewidth": 2, "capsize": 4}
+        style = line_style(number) | {"marker": "o", "markersize": 7, "linewidth": 1.6, "elinewidth": 2, "capsize": 4}
         axis.errorbar(places, differences, halves, label=name, **style)
     ticks = sorted({row["tokens"] / row["parameters"] for row in rows})
     axis.set_xscale("log")
@@ -277,14 +272,13 @@ def draw_scalars(folders, path):
 
 def draw_xielu(path):
     """xIELU and its gradient: αp steepens the positive side, αn deepens the negative one."""
-    figure, [axes] = new_figure(1, 2, 10, 3.8)
+    figure, [[left, right]] = new_figure(1, 2, 10, 3.8)
     x = torch.linspace(-4, 2, 601, dtype=torch.float64)
     for number, (alpha_p, alpha_n) in enumerate([(0.8, 0.8), (1.4, 1.4), (0.4, 0.65), (0.1, 0.52)]):
         module = xielu.XIELU(alpha_p, alpha_n)
-        for axis, y in zip(axes, curve(module, x)):
+        for axis, y in zip((left, right), curve(module, x)):
             label = f"αp = {alpha_p}, αn = {alpha_n}" + (" (start)" if number == 0 else "")
             axis.plot(x, y, label=label, linewidth=1.8, **line_style(number))
-    left, right = axes
     left.plot(0, 0, "o", color="black", markersize=4)
     right.plot(0, module.beta, "o", color="black", markersize=4)
     right.annotate(f"β = {module.beta}", (0, module.beta), xytext=(6, -14), textcoords="offset points")
