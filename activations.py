@@ -99,7 +99,7 @@ class Integral(nn.Module):
         return {name: scalar.item() for name, scalar in self.effective_scalars().items()}
 
 
-# The rows of four activations of the authors' code, which trains β too, and takes |raw| for α.
+# The rows of four of the authors' activations; theirs train β too, and take |raw| for α.
 BETA = 0.5
 
 
@@ -189,7 +189,7 @@ class ReLUSquared(nn.Module):
 
 
 class LeakyReLUSquared(nn.Module):
-    """leaky_relu(x, ½)²: x² for x > 0, x²/4 for x ≤ 0, as speedruns use it in 2026. Its gradient is a PReLU's."""
+    """leaky_relu(x, ½)²: x² for x > 0, x²/4 for x ≤ 0, as in parameter-golf (2026). Its gradient is a PReLU's."""
 
     def forward(self, x):
         return F.leaky_relu(x, 0.5).square()
@@ -202,7 +202,7 @@ class LeakyReLUSquared(nn.Module):
 @dataclass(frozen=True)
 class Activation:
     """formula: one line of mathematics. module: called without arguments, or with the MLP's width if it has a parameter
-    `width`, makes an nn.Module that keeps shape and dtype of x; what that trains takes no weight decay. gated: it takes
+    `width`, makes an nn.Module that keeps shape and dtype of x; its parameters get no weight decay. gated: it takes
     two projections (x, y)."""
 
     formula: str
@@ -210,7 +210,7 @@ class Activation:
     gated: bool = False
 
     def build(self, width):
-        """The module, for an MLP of this width; UserError if it is none."""
+        """The module for this MLP width; UserError if it is not one."""
         module = self.module(width) if "width" in inspect.signature(self.module).parameters else self.module()
         if not isinstance(module, nn.Module):
             what = f"{type(module).__name__} is not a torch.nn.Module"

@@ -122,8 +122,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin):
         """(B, T, C) → (B, T, C). q and k are rotated before they are transposed: in memory's own order, which saves a
         GPU three copies per layer."""
-        # One matmul for all three: alone, each is too small for a large GPU. Since v is a view, q and k stay in memory
-        # for the backward pass as they are here: 2.8 GiB more for the 1.1B run (copying v would take 2 ms instead).
+        # One matmul for all three: alone, each is too small for a large GPU. v is a view of `heads`, so the unrotated q
+        # and k stay in memory until backward: 2.8 GiB more for the 1.1B run (copying v would take 2 ms instead).
         weight = torch.cat([proj.weight for proj in (self.q_proj, self.k_proj, self.v_proj)])
         heads = F.linear(x, weight.to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split(self.heads, dim=-2)
@@ -199,7 +199,7 @@ class Llama(nn.Module):
             parameters of the activation                   as its module made them
 
         Each weight is drawn on the CPU from a random stream of its own, set by (seed, name): models that differ only
-        in their activation share every weight that both have, on any device.
+        in their activation share weights of equal name and shape.
         """
         for name, weight in self.named_parameters():
             if weight.is_meta or ".act_fn." in name or "norm" in name:
@@ -245,7 +245,7 @@ class Llama(nn.Module):
         self.chunk_loss = torch.compile(chunk_loss)
 
     def activation_parameters(self):
-        """What the activations train, of any shape, which takes no weight decay."""
+        """The activations' parameters, of any shape; they get no weight decay."""
         return [weight for layer in self.layers for weight in layer.mlp.act_fn.parameters()]
 
     def matrices(self):

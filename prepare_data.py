@@ -14,7 +14,7 @@
     --subset=sample-10BT   of fineweb-edu
     --workers=N            threads that tokenize; default: as many as the machine has cores
 
-Threads tokenize batches of documents (tiktoken releases Python's global lock), and one writer takes the results in
+Threads tokenize batches of documents (tiktoken releases Python's GIL), and one writer takes the results in
 order, so that the shards are the same for any number of workers. Whenever a shard is complete, meta.json.part notes the
 position in the source where it ended: after an interruption, the same command continues from there.
 """
@@ -124,7 +124,7 @@ def look_ahead(encoded, count):
 
 
 def token_widths(encoding):
-    """How many bytes of text each token stands for: (n_vocab,) int64. None for special tokens like the delimiter."""
+    """How many bytes of text each token stands for: (n_vocab,) int64. 0 for special tokens like the delimiter."""
     widths = np.zeros(encoding.n_vocab, np.int64)
     for token, rank in encoding._mergeable_ranks.items():
         widths[rank] = len(token)

@@ -2,7 +2,7 @@
 
     python train.py configs/demo.py                                 one process
     torchrun --nproc_per_node=8 train.py configs/xielu_1b.py        one node
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py configs/xielu_1b.py
+    torchrun --nnodes=11 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py configs/xielu_1b.py
 
 A config is a short Python file that assigns keys. The run goes to the folder out/NAME: config.json, log.jsonl and
 ckpt.pt; --resume continues it.
@@ -51,7 +51,7 @@ class Config(ModelConfig):
     lr: float = key(1e-3, "peak learning rate", low=0)
     alpha_lr: float = key(1.0, "learning rate of the activation scalars, in multiples of lr", low=0)
     warmup_steps: float = key(100, "updates of linear warm-up; below 1, a share of max_steps", low=0)
-    decay_steps: float = key(200, "last updates, or their share, in which lr falls to 0 as 1 - sqrt", low=0)
+    decay_steps: float = key(200, "last updates (or share) in which lr falls to 0 as 1 - sqrt", low=0)
     weight_decay: float = key(0.1, "on everything but the activation scalars", low=0)
     beta1: float = key(0.9, "of AdamW", low=0, below=1)
     beta2: float = key(0.95, "of AdamW", low=0, below=1)
@@ -65,7 +65,7 @@ class Config(ModelConfig):
     deterministic: bool = key(False, "the same losses, bit for bit, on CUDA too, but slower; a CPU always does so")
     # run
     out: str = key("", "folder of the run; default out/NAME, after the config file")
-    eval_every: float = key(100, "steps between validations, or their share; also at the first and last step", low=1e-9)
+    eval_every: float = key(100, "steps (or share) between validations; also at the first and last step", low=1e-9)
     eval_tokens: int = key(1_000_000, "validation tokens to predict, at most all", low=1)
     log_every: int = key(10, "steps between lines of the log", low=1)
     checkpoint_every: int = key(100, "steps between checkpoints (also at the last step)", low=1)
@@ -113,7 +113,7 @@ class Config(ModelConfig):
 def train(argv):
     """Begin or resume a run. Returns the exit status: 0, 3 if the loss or gradient stays not finite, 128 + signal if a
     signal stopped it."""
-    # The run: its config, and how far it is. Up to `run.open`, what is refused leaves nothing behind.
+    # The run: its config, and how far it is. A run refused before `run.open` leaves nothing behind.
     run = Run(Config, *Config.read_command(argv))
     config, end = run.config, run.config.max_steps
     if run.start == end and end in run.validated:
@@ -278,8 +278,8 @@ def distribute(model):
 
 
 def batches(corpus, config, steps, device):
-    """Yield this process's rows (rows, seq_len + 1) of the batch of each step. If they cannot be read, rows of zeros,
-    and the error stops all processes together."""
+    """Yield this process's rows (rows, seq_len + 1) of the batch of each step. If they cannot be read, zeros,
+    to get to `agree`, where all processes stop."""
     rows = config.tokens_per_step // config.seq_len
     read = partial(corpus.batch, config.seed, size=rows, rank=RANK, world=WORLD)
     with machine.errors_noted():
@@ -291,8 +291,8 @@ def batches(corpus, config, steps, device):
 
 @torch.no_grad()
 def evaluate(model, corpus, meta, config, device):
-    """{"loss": mean loss in nats per token over the first eval_tokens validation tokens, …}, of which each process
-    computes a share; None if a signal to stop arrived in the meantime."""
+    """{"loss": mean loss in nats per token over the first eval_tokens validation tokens, …}; the processes share
+    the work. None if a signal to stop arrived in the meantime."""
     model.eval()
     loss, tokens = 0.0, 0
     shares = validation_batches(corpus, config.eval_tokens, config.micro_batch_size, IGNORE, RANK, WORLD)
@@ -313,8 +313,8 @@ def evaluate(model, corpus, meta, config, device):
 
 
 def compute_gradient(model, batch, config):
-    """Leave the clipped gradient of the whole batch in the model, of which `batch` (rows, seq_len + 1) is the share of
-    this process. Returns (mean loss of this share, norm of the gradient before clipping) as floats. The processes
+    """Leave the clipped gradient of the whole batch in the model; `batch` (rows, seq_len + 1) is this process's share
+    of it. Returns (mean loss of this share, norm of the gradient before clipping) as floats. The processes
     exchange gradients once, in the backward pass of the last micro-batch."""
     micro_batches = batch.split(config.micro_batch_size)
     mean_loss = torch.zeros((), device=batch.device)

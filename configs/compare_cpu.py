@@ -3,7 +3,7 @@ tokens per parameter, the paper's ratio. Its data, one of two:
 
 python prepare_data.py fineweb-edu --tokenizer=bytes --tokens=4e7 --out=data/english
 
-or, if you have no network but Debian's packages (ours is measured on this one):
+or, if you have no network but Debian's packages (our results are from it):
 
 apt-get download dict-gcide && dpkg -x dict-gcide_*.deb gcide && zcat gcide/usr/share/dictd/gcide.dict.dz > gcide.txt
 python prepare_data.py gcide.txt --documents=paragraphs --tokenizer=bytes --out=data/english

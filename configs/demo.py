@@ -21,7 +21,7 @@ lr = 3e-3
 warmup_steps = 1 / 15  # shares of max_steps, so that --max_steps=300 alone makes a shorter run
 decay_steps = 1 / 3
 
-eval_every = 0.05  # 20 points on a curve, for a tenth of the time
+eval_every = 0.05  # 20 points on a curve; costs a tenth of the run
 eval_tokens = 40_960
 log_every = 50
 checkpoint_every = 250

@@ -1,4 +1,4 @@
-"""The paper's 1.1B run: 70,000 steps of 1,802,240 tokens, 126 billion in all, with its exact sizes and schedule.
+"""The paper's 1.1B run: 70,000 steps of 1,802,240 tokens, 126 billion in all, with its sizes and schedule.
 Its data (uint32 shards, 508 GB on disk):
 
 pip install mistral-common

@@ -1,7 +1,6 @@
 """The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it, and none
 of its files is ever half written."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -163,6 +162,15 @@ def read_about(out):
         raise UserError(f"{out} is not the folder of a run: it has no config.json that train.py wrote") from None
 
 
+def dtype_taken(out, saved):
+    """What dtype=auto took when a run began, as config.json or else its checkpoint says; "auto" if neither does. The
+    machine may be busier now, and decide otherwise."""
+    try:
+        return read_about(out)["config"]["dtype"]
+    except (UserError, KeyError):
+        return saved["config"].get("dtype", "auto") if saved else "auto"
+
+
 def check_facts(began, now, out):
     """UserError if one of the facts {name: value} with which a run began is another now. Numbers may differ by
     rounding; a fact that the run does not have is not compared."""
@@ -229,9 +237,8 @@ class Run:
         if self.back_to and RESTARTS and read_about(self.out)["config"].get("resume_from") == self.back_to:
             self.back_to = 0  # torchrun has restarted a run that has gone back already
         saved = load_checkpoint(self.out, Config, self.back_to) if resume else None
-        if resume and keys["dtype"] == "auto":  # what auto took when the run began; the machine may be busier now
-            with contextlib.suppress(UserError, KeyError):
-                options = options | {"dtype": (saved or read_about(self.out))["config"]["dtype"]}
+        if resume and keys["dtype"] == "auto":
+            options = options | {"dtype": dtype_taken(self.out, saved)}
         if saved:
             self.config = Config.resumed(saved, from_file, options | {"out": keys["out"]})
         else:

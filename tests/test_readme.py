@@ -15,6 +15,7 @@ import sys
 import pytest
 
 import prepare_data
+import train
 import xielu
 from runs import ROOT
 from test_compare import in_this_process
@@ -69,7 +70,8 @@ def test_every_command_is_known():
 
 def test_training_commands(elsewhere):
     found = [command for command in COMMANDS if "train.py configs/" in command and "derived/" not in command]
-    assert len(found) >= 6
+    found += re.findall(r"torchrun .* configs/\S+", train.__doc__)
+    assert len(found) >= 8
     for command in found:
         values, options = Config.read_command(command.partition("train.py")[2].split())
         processes = math.prod(map(int, re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", command)))

@@ -239,8 +239,8 @@ def launch(run, world, place, lock):
 
 
 def run_all(runs, places, world, lock, start, later=()):
-    """Run what is not finished, as many at once as there are places; UserError if its data cannot be used. Returns
-    {name of a run that failed or diverged: which}. `start` is when the comparison began, and `later` are the runs that
+    """Run what is not finished, as many at once as there are places; UserError if their data cannot be used. Returns
+    {name: "failed …" or "diverged"}. `start` is when the comparison began, and `later` are the runs that
     come after these. After Ctrl-C, each run saves a checkpoint first."""
     titles = {run: f"[{number}/{len(runs)}] {run.out.name}" for number, run in enumerate(runs, 1)}
     waiting, free, running, failed = [], list(places), {}, {}
@@ -250,7 +250,8 @@ def run_all(runs, places, world, lock, start, later=()):
             note_outcome(run, titles[run], ", finished before", failed)
         else:
             waiting.append(run)
-    for config in {run.config.data: run.config for run in waiting}.values():
+    for config in {(run.config.data, run.config.device): run.config for run in waiting}.values():
+        pick_device(config.device)
         open_data(config, print)
     try:
         while waiting or running:
@@ -336,8 +337,8 @@ def mean(values):
 
 
 def summarize(runs):
-    """(rows, resolutions): a row of the table for each case with a finished run, as a dict of plain numbers, below its
-    reference, and for each reference a sentence. The reference of a row is that of the first activation, all other keys
+    """(rows, notes): a row of the table for each case with a finished run, as a dict of plain numbers, below its
+    reference, and sentences on each reference. The reference of a row is that of the first activation, all other keys
     alike; if there is one activation, it has the first value of each key but the length."""
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
@@ -348,12 +349,13 @@ def summarize(runs):
         if (result := outcome(run)) and math.isfinite(result["loss"]):
             group = groups.setdefault(label_of(run.case | of_reference), {})
             group.setdefault(run.row, {})[run.config.seed] = run, result
-    rows, resolutions = [], []
+    rows, notes = [], []
     for reference, group in groups.items():
-        compared, resolution = compare_rows(reference, group)
+        compared, of_group = compare_rows(reference, group)
         rows += compared
-        resolutions += resolution
-    return rows, resolutions
+        notes += of_group
+    order = [run.row for run in runs]
+    return sorted(rows, key=lambda row: (order.index(row["reference"]), order.index(row["name"]))), notes
 
 
 def compare_rows(reference, group):
@@ -472,10 +474,10 @@ def describe_origin(runs, argv):
     return [f"Command: `{shlex.join(['python', '-m', 'tools.compare', *argv])}`", *texts]
 
 
-def report(rows, resolutions, failed, key, tuning, figures=(), origin=()):
+def report(rows, notes, failed, key, tuning, figures=(), origin=()):
     """The text of results.md: what the differences say, the table, the figures of these names, and how it was made."""
     verdicts = [verdict(row) for row in rows if row["difference"] is not None]
-    made = [*resolutions, *(f"{name} {what}." for name, what in failed.items())]
+    made = [*notes, *(f"{name} {what}." for name, what in failed.items())]
     made += [describe_tuning(name, losses, key) for name, losses in tuning.items()]
     lists = ["".join(f"- {line}\n" for line in lines) for lines in (verdicts, [*made, *origin])]
     shown = "".join(f"![{name}]({name})\n" for name in figures)
@@ -577,11 +579,11 @@ def compare(argv):
             failed |= (wrong := train(runs))
         finally:
             write_archive(out, {run.out.name for run in tuning + candidates if outcome(run)})
-        rows, resolutions = summarize(runs)
+        rows, notes = summarize(runs)
         if not rows:
             raise UserError(f"none of the runs finished; the first {next(iter(failed.values()))}")
         figures = draw_figures(runs, rows, losses, key, out)
-        text = report(rows, resolutions, failed, key, losses, figures, describe_origin(runs, argv))
+        text = report(rows, notes, failed, key, losses, figures, describe_origin(runs, argv))
         write_results(rows, text, out)
         print("\n" + text)
         print(f"results: {out}/results.md, .csv, runs.jsonl and the figures")
