@@ -66,7 +66,7 @@ def raw_parameter(effective, bound=0.0):
 # Near 0, eˣ − 1 − x computed as it stands loses all its digits: from −cut up we use its Taylor series instead. A
 # smaller cut would lose digits below it, a larger one would need more terms. {dtype of x: (cut, degree of the series)}:
 # at −cut the first term left out is below half an epsilon of the sum, in float32 (float16 too) or float64. In bf16 the
-# series is right to 2e-5 and eˣ − 1 − x below −cut to 5e-4; rounding y costs 2e-3 anyway.
+# series is right to 2e-5 and eˣ − 1 − x below −cut to 5e-4; rounding y costs 4e-3 anyway.
 SERIES = {torch.bfloat16: (2**-6, 3), torch.float16: (0.5, 8), torch.float32: (0.5, 8), torch.float64: (0.5, 15)}
 
 

@@ -1,4 +1,4 @@
-"""What train.py and prepare_data.py stand on. Of the files in the root it imports xielu.py alone.
+"""Helpers of train.py and prepare_data.py. Of the files in the root they import only xielu.py.
 
 command.py    a mistake becomes one line and a status
 files.py      files that are never half written, folders that have one writer

@@ -48,7 +48,7 @@ def refuse_windows(program):
 
 def program(command, doc=None, interrupted="interrupted"):
     """The main(argv) of a program, which does command(argv) and returns the exit status: what the command returns, or 0
-    for None; 2 after a UserError, or if the disk is full, with one line that says so; 130 after Ctrl-C, which prints
+    for None; 2 after a UserError, an OSError or a full disk, with one line about it; 130 after Ctrl-C, which prints
     `interrupted`. --help prints `doc` instead; None: that of the command's file."""
 
     def main(argv):

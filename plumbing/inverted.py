@@ -50,7 +50,7 @@ def solve_remainder(d, right):
 
 
 def invert(y, right, alpha_p, alpha_n, beta):
-    """The x that became y on that side of the minimum, in at least float32, from effective alphas."""
+    """The x that became y, above x* where `right`, in at least float32, from effective alphas."""
     z = upcast(y)
     largest = torch.finfo(z.dtype).max
     z = z.clamp(max=largest)  # a y that became infinite

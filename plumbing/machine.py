@@ -32,10 +32,10 @@ LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-# Each process of a node compiles by a number of workers, of which PyTorch would start as many as the node has cores
+# The processes of a node share its cores, but PyTorch would start a compile worker per core for each of them
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))))
 
-# How long a process waits for the others: the first one writes a checkpoint, or reads the checksums of one, of 36 GB
+# How long a process waits for the others: the first may write or check a checkpoint of 36 GB (the 3B model's)
 PATIENCE = timedelta(minutes=30)
 
 
@@ -136,7 +136,7 @@ def device_name(device):
 
 
 def attention_backend(config, device, dtype):
-    """Which of PyTorch's kernels computes attention of this shape here: "flash", "efficient", "cudnn" or "math"."""
+    """PyTorch's kernel for attention of this shape here: "flash", "efficient", "cudnn", "math" or "unknown"."""
     rows, length, width = config.micro_batch_size, config.seq_len, config.head_dim
     q = torch.empty(rows, config.n_heads, length, width, device=device, dtype=dtype, requires_grad=True)
     k = torch.empty(rows, config.n_kv_heads, length, width, device=device, dtype=dtype, requires_grad=True)
@@ -204,7 +204,7 @@ def git_commit():
 
 
 def join_processes(device, run):
-    """Connect to the other processes; UserError if they see another run, a value that must be the same on all.
+    """Connect to the other processes; UserError unless `run` (folder, dtype, steps) is the same on all.
 
     torchrun's store survives a restart, with the addresses of dead processes in it, so each attempt gets a part of the
     store to itself.

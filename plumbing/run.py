@@ -23,10 +23,10 @@ from plumbing.machine import LOCAL_RANK, RANK, RESTARTS, WORLD, device_name, git
 
 # To be increased when older checkpoints no longer load
 VERSION = 4
-# What a checkpoint holds besides
+# What else a checkpoint holds
 PARTS = {"step": int, "seconds": float, "loss_average": float | None, "facts": dict}
 PARTS |= {"config": dict, "from_file": dict, "model": dict, "optimizers": list}
-# What the optimizers keep of each weight: a number of steps, and what has the weight's shape
+# What the optimizers keep for each weight: a step count, and tensors of the weight's shape
 STEP = torch.tensor(0.0)
 KEPT = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 SPIKE = 1.5  # a loss this many times its running average is called a spike
@@ -172,7 +172,7 @@ def dtype_taken(out, saved):
 
 
 def check_facts(began, now, out):
-    """UserError if one of the facts {name: value} with which a run began is another now. Numbers may differ by
+    """UserError if one of the facts {name: value} with which a run began has changed. Numbers may differ by
     rounding; a fact that the run does not have is not compared."""
 
     def same(a, b):
@@ -219,7 +219,7 @@ def go_back(out, step):
 
 
 class Run:
-    """A run and its folder, to which the first process writes; the others keep track of `saved` alone. A full disk does
+    """A run and its folder, to which the first process writes; the others only keep track of `saved`. A full disk does
     not end the run: the old checkpoint stays, and lines of the log wait in memory.
 
     config: the Config. start: the step at which it begins or resumes. saved: the step of the newest checkpoint, or
@@ -267,7 +267,7 @@ class Run:
         fall = round(before["max_steps"] - before["decay_steps"])
         if self.config.max_steps > before["max_steps"] and self.start > fall:
             earlier = next((f", or go back with  --resume_from={s}" for s in kept_steps(self.out) if s <= fall), "")
-            say(f"note: the learning rate has fallen since step {fall}, and returns to {self.config.lr:g} now{earlier}")
+            say(f"note: the learning rate has fallen since step {fall}, and rises again now{earlier}")
 
     def keep(self, facts):
         """Check that these facts are those with which the run began, and keep them in each checkpoint."""

@@ -21,7 +21,7 @@ def written(state):
 
 def examine(out, settings, fingerprint):
     """What meta.json.part should say, or None if the folder is complete. Changes nothing. UserError if the folder holds
-    something else than shards from these settings and from the source with this fingerprint."""
+    anything but shards from these settings and from the source with this fingerprint."""
     if meta := read_meta(out):
         if meta.get("settings") != settings:
             raise UserError(f"{out} already holds data of other settings: {REMEDY}")

@@ -134,14 +134,6 @@ def test_a_tool_that_is_started_as_a_file(name, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err == f"error: start it as  python -m tools.{name}\n"
 
 
-def test_derive_without_sympy(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sympy", None)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("tools.derive", run_name="__main__")
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: tools.derive needs an optional package: pip install sympy\n"
-
-
 def test_an_activation_of_your_own(corpus, tmp_path):
     """Five lines in activations.py, nothing else: it trains and has its row. A copy of relu2 differs by exactly 0."""
     module, row = [block for kind, block in FENCE.findall(README) if kind == "python"]

@@ -20,7 +20,7 @@ VERSIONS = {"reference": xielu_reference, "fused": xielu_fused}
 ALL_VERSIONS = VERSIONS | {"inverted": xielu_inverted}  # the inverted one's gradients are not as exact: see below
 CASES = json.loads((ROOT / "tools/xielu_vectors.json").read_text("utf-8"))["cases"]
 START = CASES[0]["raw_p"], CASES[0]["raw_n"]  # the raw scalars of XIELU()
-# of f and f′ in terms of their terms, and of the scalars' gradients
+# of f and f′, relative to their |terms|; of the scalars' gradients
 TOLERANCE = {torch.float64: (1e-15, 1e-12), torch.float32: (1e-6, 1e-5), torch.bfloat16: (4e-3, 1e-3)}
 SMALL = torch.logspace(-12, -3, 4000)
 INPUTS = {

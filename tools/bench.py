@@ -4,8 +4,8 @@
     python -m tools.bench step             time a micro-batch and an update, and list what takes longest
     python -m tools.bench plan --gpus=8    compute the memory and hours of a run, without a GPU
 
-Without a config it is configs/xielu_1b.py; keys are those of train.py. On a CPU, `kernel` takes fewer rows: 16.8
-million elements. `step --n_layers=1 --vocab_size=64` is a layer by itself; tools/gpu.sh is all that a GPU can show.
+The default is configs/xielu_1b.py; keys are those of train.py. On a CPU, `kernel` takes fewer rows: 16.8
+million elements. `step --n_layers=1 --vocab_size=64` times one layer; tools/gpu.sh runs all of this on a GPU.
 Besides train.py's keys there are
 
     --seconds=0.3                    (kernel, step) how long each is called to warm up, and then in each of five turns
@@ -43,8 +43,8 @@ TURNS = 5
 
 
 def medians(jobs, seconds):
-    """{name: seconds per call} of {name: function}: the median of several turns. Each is called for about so many
-    seconds to warm up, and then as long in each turn; a GPU is waited for before and after, not between calls."""
+    """{name: seconds per call} of {name: function}: the median of several turns. Each is called for about `seconds`
+    to warm up, and again in each turn; a GPU is waited for before and after, not between calls."""
     threads = torch.get_num_threads()
     timers = {name: Timer("job()", globals={"job": job}, num_threads=threads) for name, job in jobs.items()}
     # blocked_autorange would choose them too, but on a GPU it takes blocks 10,000 times as long as a wait for the GPU
@@ -186,7 +186,7 @@ def kept_by_layer(config, dtype):
 
 
 def memory_of(model, gpu_memory=80e9):
-    """{part: bytes} of one GPU, of so many bytes in all, that trains a compiled model."""
+    """{part: bytes} of a GPU with `gpu_memory` bytes that trains a compiled model."""
     config, dtype = model.config, model.compute_dtype
     parameters, head = model.num_parameters(), model.lm_head.weight.numel()
     # of those that Muon takes it keeps one moment

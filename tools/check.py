@@ -7,7 +7,7 @@
 
 FUNCTION is called as f(x, alpha_p, alpha_n) and differentiated by autograd, on the CPU or, if that fails, on CUDA. x is
 float64, float32 or bfloat16; the scalars are raw, of shape (1,), float64 with float64, else float32. The results are
-compared with xielu_vectors.json, within the errors that docs/kernels.md justifies, for each x by itself and for 130,000
+compared with xielu_vectors.json, within the tolerances of docs/kernels.md, for each x by itself and for 130,000
 of them in several shapes. A cause is named only where it gives what was found; everything else is listed by quantity,
 region and size.
 

@@ -9,13 +9,13 @@ command continues where it stopped, and runs nothing twice. Besides train.py's k
     --jobs=N               runs at once. On a CPU each gets an N-th of the threads, unless OMP_NUM_THREADS is set; the
                            default is 1. On GPUs each gets the next free ones; the default is as many as fit
     --nproc_per_node=1     processes (GPUs) per run, started by torchrun if more than one
-    --tune=lr=1e-3,2e-3    values of one key: each row runs with each of them on the tuning seeds, and is then compared
-                           with the one whose mean validation loss was lowest. If that is the first or last value, the
+    --tune=lr=1e-3,2e-3    values of one key: each row runs with each of them on the tuning seeds, and then keeps the
+                           one whose mean validation loss was lowest. If that is the first or last value, the
                            report says so, and the same command with a longer list continues
     --tune_seeds=101       a list of seeds, none of which may be in --seed
     --tune_up_to=N         do not tune runs of more than N tokens per parameter: they take the values of those with N
     --out=FOLDER           of the runs, results.md and .csv, the figures, and runs.jsonl, from which the same command
-                           makes all of them again without training; default out/compare/NAME
+                           makes the report again without training; default out/compare/NAME
     --dry_run              print the runs, their sizes and an estimate of their hours, and stop
     --unmatched            allow runs whose parameters differ by more than 0.5 %
 """

@@ -29,15 +29,11 @@ import types
 from pathlib import Path
 
 import numpy as np
+import sympy  # torch needs it too
 import torch
 from scipy.integrate import fixed_quad
+from sympy.codegen.cfunctions import expm1, log1p
 
-try:
-    import sympy
-    from sympy.codegen.cfunctions import expm1, log1p
-except ModuleNotFoundError:
-    print("error: tools.derive needs an optional package: pip install sympy", file=sys.stderr)
-    sys.exit(2)
 if not __package__:
     print("error: start it as  python -m tools.derive", file=sys.stderr)
     sys.exit(2)
@@ -253,7 +249,7 @@ ACTIVATION = Activation("{formula}", lambda: Integral(apply, {scalars}))
 # Sizes of x that bfloat16 represents, so that they are the same in every dtype
 PLACES = [torch.tensor([0, 1e-6, 1e-4, 1e-2]).bfloat16().double(), torch.arange(1, 256) / 16, torch.arange(16, 514, 2)]
 PLACES = torch.cat(PLACES).numpy()
-# Allowed errors, relative to the result plus the largest result from 0 to this x or to 1, whose terms may cancel
+# Allowed errors, relative to |result| plus the largest |result| up to this |x| or 1, since its terms may cancel
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 

@@ -4,9 +4,9 @@
     python -m tools.follow out/NAME --to=wandb            project nanoxielu, or that of WANDB_PROJECT
 
 It waits for what the run has yet to write, and ends when the run is finished, or with Ctrl-C. Started again, it
-continues. If the run went back to a checkpoint, so that its log no longer holds what was sent, everything is sent
-again: TensorBoard forgets the points of before, and W&B gets a new run, next to the old one. train.py does not know
-about it: it reads config.json and log.jsonl, and nothing else.
+continues (W&B) or sends all again (TensorBoard). If the run went back to a checkpoint, so that its log lacks what was
+sent, W&B gets a new run, next to the old one; TensorBoard forgets the old points. This tool reads config.json and
+log.jsonl, and nothing else; train.py knows nothing of it.
 """
 
 import json

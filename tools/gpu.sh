@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What one GPU can show, in eight minutes: bash tools/gpu.sh [--KEY=VALUE of train.py …]
 #
-# It needs torch and numpy alone. The parts are in the order of their value. Each is a process of its own with a time
+# It needs only torch and numpy. The most valuable parts come first. Each is a process of its own with a time
 # limit, and what it prints is in out/gpu/NAME.txt as it comes. The same command again skips the parts that have finished.
 # To try all of it without a GPU:
 #     LARGE=configs/demo.py SMALL=configs/demo.py EACH=0.01 LIMIT=4800 bash tools/gpu.sh --tokens_per_step=2048
@@ -57,7 +57,7 @@ for activation in xielu relu2 swiglu; do
 done
 part small-deterministic 45 -m tools.bench step "$SMALL" --seconds="$EACH" --deterministic "$@"
 
-# At last, while 20 seconds are left, trainings on the bytes of Python's library: that it trains, not how well
+# (d) short trainings on the bytes of Python's library, to see that it trains, not how well
 python - "$OUT" <<'END'
 import sys
 import sysconfig

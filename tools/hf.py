@@ -4,11 +4,11 @@
     python -m tools.hf import FOLDER out/NAME      a Llama, Arcee or Apertus folder as a run, to sample or train further
 
 Both need  pip install transformers.  --tokenizer=NAME tells export which tokenizer made the run's data, if its
-meta.json does not. import takes --KEY=VALUE of train.py, such as --data; the other keys are as in the run that was
-exported, which the folder says (but not where its data are). It writes out/NAME/config.py, with which training
+meta.json does not. import takes --KEY=VALUE of train.py, such as --data; the folder says what the other keys
+were in the exported run (but not where its data are). It writes out/NAME/config.py, with which training
 continues: python train.py out/NAME/config.py --resume
 
-A run with xIELU and qk_norm becomes an Apertus model, which more engines than transformers know. Without qk_norm it
+A run with xIELU and qk_norm becomes an Apertus model, which other engines know too. Without qk_norm it
 becomes an Arcee model, whose scalars transformers keeps in bf16, whatever dtype is asked for: three digits. The file
 holds them in float32, and
 
@@ -144,7 +144,7 @@ APERTUS_NAMES = {".input_layernorm": ".attention_layernorm", ".post_attention_la
 def to_hf(state, config):
     """Our state dict with transformers' names. Its xIELU reads two more tensors: without them it would compute with
     β = 0. With eps = 1e-6 its value and gradient for x ≤ 0 are ours, 0 included: min(x, eps) is x there, where
-    min(x, 0) would halve the gradient at 0."""
+    min(x, 0) has a slope of ½ at 0."""
     model_type, hidden_act = CLASSES[config.activation, config.qk_norm]
     tensors = {}
     for name, tensor in state.items():

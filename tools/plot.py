@@ -1,12 +1,12 @@
 """Figures, of runs and of activations:
 
     python -m tools.plot loss RUN…          validation loss against tokens, and its difference to the first RUN's
-    python -m tools.plot scalars RUN…       the trained scalars of an activation (αp, αn), by step and by layer
+    python -m tools.plot scalars RUN…       the trained scalars of an activation (αp, αn), by tokens and layer
     python -m tools.plot xielu              xIELU and its gradient at several αp and αn
     python -m tools.plot activations        every activation and its gradient
 
-RUN is the folder of a run, such as out/compare/demo/xielu-seed=1. Runs that differ only in their seed are drawn as one
-line, their mean, in a band from the lowest to the highest. --out=FILE.png says where; the default is out/plot/NAME.png.
+RUN is the folder of a run, such as out/compare/demo/xielu-seed=1. Runs that differ only in their seed make one line,
+their mean; scalars adds a band from lowest to highest. --out=FILE.png says where; the default is out/plot/NAME.png.
 """
 
 import math

@@ -6,13 +6,13 @@
     --prompt_file=FILE         the same from a file, or from standard input with -
     --tokens=200               how many to write; a text also ends where the model ends it
     --temperature=0.8          0 takes the most likely token each time
-    --top_k=50                 choose among so many of the most likely; 0 for all
+    --top_k=50                 choose among the 50 most likely; 0 for all
     --seed=1                   of the choices; the same seed and dtype give the same text
     --num=1                    how many texts
     --tokenizer=NAME           where the data's meta.json names none
     --device=auto --dtype=auto as in train.py
 
-A model has been trained on seq_len tokens at once. Of a longer text it reads the last seq_len.
+A model is trained on seq_len tokens at once. Of a longer text it reads the last seq_len.
 """
 
 import json
@@ -74,7 +74,7 @@ def choose(logits, temperature, top_k, generator):
 @torch.inference_mode()
 def generate(model, prompt, count, temperature, top_k, generator):
     """Yield `count` tokens that follow the prompt (a list of tokens, at least one). Each is chosen by what the last
-    seq_len tokens say: nothing is cached, which a training program's texts do not need."""
+    seq_len tokens say, without a KV cache: a training program needs none."""
     text, limit = list(prompt), model.config.seq_len
     for _ in range(count):
         seen = torch.tensor([text[-limit:]], device=model.cos.device)

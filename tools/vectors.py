@@ -2,7 +2,7 @@
 
     python -m tools.vectors
 
-mpmath (pip install mpmath) computes with 50 digits; each result is written as the nearest float64.
+mpmath (PyTorch brings it) computes with 50 digits; each result is written as the nearest float64.
 """
 
 import json
