@@ -4,9 +4,9 @@ A folder of shards holds NAME_val_000000.bin, NAME_train_000001.bin, … in the 
 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, with a delimiter before each
 document. prepare_data.py also writes a meta.json beside them that says which tokenizer made them.
 
-Nothing here keeps a position. Training sequences are numbered, and each epoch visits the numbers in its own order,
-computed from (seed, epoch) one number at a time. So a resumed run asks for step 1000 and gets the batch that it would
-have got without the interruption.
+Nothing here keeps a position. Training sequences are numbered, and each epoch visits the numbers in an order of its
+own, which (seed, epoch) decide. So a resumed run asks for step 1000 and gets the batch that it would have got without
+the interruption.
 """
 
 import functools
@@ -149,38 +149,15 @@ def bits_per_byte(loss, meta, shards):
 # Order
 
 
-def mix(x):
-    """A uint64 hash of each element of x: the finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 # Raise it whenever the batches of a seed change, so that no run resumes with other batches than it began with
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 
 
-def shuffled(index, n, seed, epoch):
-    """Apply the epoch's permutation of 0 … n − 1, fixed by (seed, epoch), to `index`: int64 of the same length. `epoch`
-    is one number, or one per element of `index`.
-
-    A stored permutation would need memory for n numbers. Instead, a Feistel network permutes all numbers of an even
-    number of bits, by hashing one half of the bits into the other; a number that lands at n or above goes through it
-    again until it lands below n.
-    """
-    half = np.uint64(max(1, math.ceil((n - 1).bit_length() / 2)))
-    mask = np.uint64((1 << int(half)) - 1)
-    index = np.array(index, np.uint64)
-    base = mix(mix(np.full(len(index), seed % 2**64, np.uint64)) + np.asarray(epoch, np.uint64))
-    round_keys = [mix(base + np.uint64(k)) for k in range(1, 7)]
-    pending = np.ones(len(index), bool)
-    while pending.any():
-        left, right = index[pending] >> half, index[pending] & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (mix(right + round_key[pending]) & mask)
-        index[pending] = left << half | right
-        pending = index >= n
-    return index.astype(np.int64)
+@functools.lru_cache(2)  # a batch may end one epoch and begin the next
+def order(n, seed, epoch):
+    """The order in which an epoch visits n sequences: a permutation of 0 … n − 1, (n,) int64. numpy has promised never
+    to change the numbers of a RandomState (NEP 19)."""
+    return np.random.RandomState([*divmod(seed, 2**32), epoch]).permutation(n)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -225,9 +202,9 @@ class Corpus:
         A run visits positions step·size + row; a position is in epoch position // n_sequences, and each epoch visits
         every sequence once, in its own order. Nothing else matters: not ranks, micro-batches or earlier calls.
         """
-        first, end = step * size + rank * size // world, step * size + (rank + 1) * size // world
-        epochs, places = np.divmod(np.arange(first, end), self.n_sequences)
-        return np.stack([self.sequence(number) for number in shuffled(places, self.n_sequences, seed, epochs)])
+        positions = range(step * size + rank * size // world, step * size + (rank + 1) * size // world)
+        places = [divmod(position, self.n_sequences) for position in positions]
+        return np.stack([self.sequence(order(self.n_sequences, seed, epoch)[place]) for epoch, place in places])
 
 
 def prefetched(function, items, workers=1):
