@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import prepare_data  # noqa: E402
 import xielu  # noqa: E402
 from runs import TINY  # noqa: E402
 from train import Config  # noqa: E402
@@ -29,8 +29,7 @@ def corpus(tmp_path_factory):
     """A folder of shards: train.py, byte by byte."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text((ROOT / "train.py").read_text())
-    line = [sys.executable, ROOT / "prepare_data.py", folder / "text.txt", "--tokenizer=bytes", f"--out={folder}/bytes"]
-    subprocess.run(line, check=True, capture_output=True)
+    assert prepare_data.main([f"{folder}/text.txt", "--tokenizer=bytes", f"--out={folder}/bytes"]) == 0
     return folder / "bytes"
 
 

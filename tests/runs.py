@@ -14,6 +14,8 @@ import torch
 
 import train
 import xielu
+from plumbing.command import UserError
+from plumbing.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 # Pieces of text at whose seams tokenizers differ
@@ -87,13 +89,22 @@ def here(*arguments, status=0):
     return text.getvalue()
 
 
-def error(capsys, *arguments):
-    """The one line on standard error that a mistake gets, with status 2."""
+def error(capsys, *arguments, main=train.main):
+    """The one line on standard error that a mistake gets, from train.py or another program, with status 2."""
+    capsys.readouterr()
     with settings_restored():
-        assert train.main([str(argument) for argument in arguments]) == 2
+        assert main([str(argument) for argument in arguments]) == 2
     stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     return stderr
+
+
+def tokenizer_or_skip(name):
+    """The tokenizer of this name; the test is skipped where it cannot be had."""
+    try:
+        return get_tokenizer(name)
+    except UserError as missing:
+        pytest.skip(str(missing))
 
 
 def log(out):

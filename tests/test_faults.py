@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,8 @@ import train
 import xielu
 from activations import facts_of, load_derived
 from plumbing import files, machine
-from plumbing import run as run_module
 from plumbing.command import UserError
-from plumbing.run import check_facts, read_checkpoint, save_checkpoint
+from plumbing.run import check_facts, save_checkpoint
 from runs import ROOT, assert_same_losses, error, here, launch, log, run, settings_restored
 from tools.check import check
 from tools.sample import load_run
@@ -150,12 +148,15 @@ def test_a_leftover_temporary_file_is_no_checkpoint(config, out):
     assert whole(out)["step"] == 12
 
 
-def test_checkpoints_are_kept_where_files_cannot_be_linked(tmp_path, monkeypatch):
+def test_checkpoints_are_kept_where_files_cannot_be_linked_or_were_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError("Operation not permitted")))
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"step": step}, 2, step - 1 or None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_00000002.pt"]
     assert [torch.load(tmp_path / name)["step"] for name in ("ckpt.pt", "ckpt_00000002.pt")] == [3, 2]
+    (tmp_path / "ckpt.pt").unlink()  # while the run goes on
+    save_checkpoint(tmp_path, {"step": 4}, 2, 3)
+    assert torch.load(tmp_path / "ckpt.pt")["step"] == 4
 
 
 def test_killed_while_the_compiler_writes(config, tmp_path, monkeypatch):
@@ -417,17 +418,6 @@ def test_the_checkpoint_before_is_offered(config, out, capsys):
     assert "leave out --resume_from to continue" in error(capsys, config, "--resume_from=4")
 
 
-def test_a_checkpoint_that_is_deleted_while_the_run_goes_on(config, out, monkeypatch):
-    def save(out, *rest, _save=run_module.save_checkpoint):
-        _save(out, *rest)
-        if rest[0]["step"] == 4:
-            (out / "ckpt.pt").unlink()
-
-    monkeypatch.setattr(run_module, "save_checkpoint", save)
-    assert "warning" not in here(config, "--keep_checkpoints=2")
-    assert whole(out)["step"] == 12
-
-
 def test_going_back_loses_nothing(config, tmp_path, out):
     """The run continues from the older checkpoint as it did before. What it had written is kept apart, and no
     checkpoint of one line is taken for one of the other."""
@@ -480,16 +470,6 @@ def test_a_checkpoint_that_cannot_be_read(config, tmp_path, out, capsys):
         message = error(capsys, config, "--resume")
         assert "ckpt.pt cannot be read" in message and ("version" in message or foreign not in older)
     assert not (tmp_path / "executed").exists() and log(out) == before
-
-
-def test_one_process_per_node_checks_the_checksums(config, out, monkeypatch):
-    here(config, "--max_steps=7")
-    checked = []
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checked.append(file))
-    for rank in range(4):
-        monkeypatch.setattr("plumbing.run.LOCAL_RANK", rank)
-        assert read_checkpoint(out / "ckpt.pt", train.Config)["step"] == 7
-    assert len(checked) == 1
 
 
 def replaced(tree, path, value):
@@ -658,26 +638,14 @@ def test_two_runs_in_one_folder(config, out, capsys):
 
 
 @pytest.mark.slow
-def test_soak(config, tmp_path):
-    """SOAK_MINUTES (30) of training: memory and speed stay flat, and the log keeps to its size."""
-    minutes = float(os.environ.get("SOAK_MINUTES", 30))
-    out = tmp_path / "out"
-    options = ["--data=" + str(ROOT / "data/stdlib"), "--max_steps=1000000", f"--out={out}", "--eval_every=500"]
-    process = launch(ROOT / "configs" / "demo.py", *options, "--eval_tokens=20000", "--log_every=10", threads=2)
-    memory = []
-    began = time.monotonic()
-    while time.monotonic() - began < 60 * minutes:
-        assert process.poll() is None, process.stderr.read()
-        with open(f"/proc/{process.pid}/statm") as file:
-            memory.append(int(file.read().split()[1]) * resource.getpagesize() / 2**20)
+def test_soak(config):
+    """SOAK_MINUTES (30) of training: its memory stays flat. It prints little, since nobody reads that meanwhile."""
+    options = ["--max_steps=1e9", "--log_every=1e9", "--eval_every=1e4", "--checkpoint_every=1e4"]
+    process, memory = launch(config, *options), []
+    for _ in range(12 * int(os.environ.get("SOAK_MINUTES", 30))):
         time.sleep(5)
+        memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]))
     process.send_signal(signal.SIGTERM)
-    status, _ = end(process)
-    assert status == 143
-    speeds = [record["tokens_per_s"] for record in map(json.loads, open(out / "log.jsonl")) if "tokens_per_s" in record]
-    third = len(memory) // 3
-    parts = np.array_split(np.array(speeds[1:]), 3)
-    print(f"memory {memory[third]:.0f} → {memory[-1]:.0f} MiB; speeds {[round(float(np.median(p))) for p in parts]}")
-    assert max(memory[third:]) < 1.05 * min(memory[third:])
-    assert np.median(parts[2]) > 0.8 * np.median(parts[1])
-    assert (out / "log.jsonl").stat().st_size < 400 * len(speeds)
+    assert end(process)[0] == 143
+    late = memory[len(memory) // 3 :]
+    assert max(late) < 1.05 * min(late)

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from runs import error
 from tools import follow
 
 
@@ -100,24 +101,18 @@ def test_wandb_itself_offline(fake_run, monkeypatch):
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))
 
 
-@pytest.mark.parametrize(
-    "arguments, content, message",
-    [
-        ([], None, "required: run, --to"),
-        (["run", "--to=mlflow"], None, "invalid choice: 'mlflow' (choose from"),
-        (["none", "--to=tensorboard"], None, "none is not the folder of a run"),
-        (["run", "--to=tensorboard"], '{"config": {}}', "no config.json that train.py wrote"),
-        (["run", "--to=tensorboard"], None, "needs an optional package: pip install tensorboard"),
-        (["run", "--to=wandb"], None, "run `wandb login` once"),
-    ],
-)
-def test_mistakes(fake_run, wandb, tmp_path, monkeypatch, capsys, arguments, content, message):
-    out, _ = fake_run("relu2", 1, [5.0, 4.0], folder="run")
-    if content is not None:
-        (out / "config.json").write_text(content)
+MISTAKES = [
+    (["run", "--to=mlflow"], "invalid choice: 'mlflow' (choose from"),
+    (["none", "--to=tensorboard"], "none is not the folder of a run"),
+    (["run", "--to=tensorboard"], "needs an optional package: pip install tensorboard"),
+    (["run", "--to=wandb"], "run `wandb login` once"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES)
+def test_mistakes(fake_run, wandb, tmp_path, monkeypatch, capsys, arguments, message):
+    fake_run("relu2", 1, [5.0, 4.0], folder="run")
     monkeypatch.chdir(tmp_path)
     wandb.init.side_effect = LookupError("no API key configured")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert follow.main(arguments) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ") and message in stderr and stderr.count("\n") == 1
+    assert message in error(capsys, *arguments, main=follow.main)

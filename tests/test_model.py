@@ -56,7 +56,7 @@ def test_activations_share_the_weights_both_have():
     assert not torch.equal(other["embed_tokens.weight"], weights["xielu"]["embed_tokens.weight"])
 
 
-def test_rope_turns_pairs_and_keeps_relative_positions():
+def test_rope_turns_pairs():
     """By angles in float32, in a bf16 model too."""
     model = Llama(ModelConfig(**TINY | dict(seq_len=4096)), torch.bfloat16)
     cos, sin = model.cos, model.sin
@@ -65,11 +65,8 @@ def test_rope_turns_pairs_and_keeps_relative_positions():
     torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=1e-3)
     x = torch.randn(1, 1, 64, 8)
     turned = apply_rope(x, cos[:64], sin[:64])
-    assert torch.equal(turned[:, :, 0], x[:, :, 0])
     as_complex = torch.complex(*x.double().chunk(2, dim=-1)) * torch.exp(1j * angles[:64])
     torch.testing.assert_close(turned.double(), torch.cat((as_complex.real, as_complex.imag), -1), rtol=0, atol=1e-4)
-    constant = apply_rope(torch.ones(1, 1, 64, 8), cos[:64], sin[:64])[0, 0]
-    torch.testing.assert_close(constant[3] @ constant[10], constant[40] @ constant[47])
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
@@ -129,42 +126,27 @@ def test_loss_compiled_or_in_chunks_ignores_padding(monkeypatch, activation):
     assert list(model.state_dict()) == names
 
 
-@pytest.mark.parametrize(
-    "rows, vocab, memory, expected",
-    [
-        (20480, 147456, 80 * 2**30, 20480),  # the 1.1B model on an H100: all at once
-        (20480, 147456, 24 * 2**30, 10240),
-        (20480, 147456, None, 5120),  # three chunks would be small enough, but three do not divide the rows
-        (4096, 50304, None, 4096),
-        (0, 257, None, 1),
-        (7, 2**31, None, 1),
-    ],
-)
+CHUNKS = [
+    (20480, 147456, 80 * 2**30, 20480),  # the 1.1B model on an H100: all at once
+    (20480, 147456, 24 * 2**30, 10240),
+    (20480, 147456, None, 5120),  # three chunks would be small enough, but three do not divide the rows
+    (0, 257, None, 1),
+    (7, 2**31, None, 1),
+]
+
+
+@pytest.mark.parametrize("rows, vocab, memory, expected", CHUNKS)
 def test_chunks_are_equal(rows, vocab, memory, expected):
     assert chunk_rows(rows, vocab, memory) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_in_chunks_holds_a_chunk_of_logits(monkeypatch, dtype):
-    config = ModelConfig(**TINY | dict(vocab_size=4096, seq_len=64))
-    model = Llama(config, dtype)
+def test_loss_in_chunks_holds_a_chunk_of_logits(monkeypatch):
+    model, kept = Llama(ModelConfig(**TINY | dict(vocab_size=4096, seq_len=64))), []
     monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 4096 * 8)
-    kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x)
     with hooks:
-        loss = model(tokens(4, 64), tokens(4, 64, seed=1))
+        model(tokens(4, 64), tokens(4, 64, seed=1))
     assert max(kept) <= 4096 * 32  # the weight, not 256 rows of logits
-    whole = Llama(config, dtype)
-    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 2**28)
-    expected = whole(tokens(4, 64), tokens(4, 64, seed=1))
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    (3 * loss).backward()
-    (3 * expected).backward()
-    for name, weight in model.named_parameters():
-        if dtype == torch.bfloat16 and "alpha" in name:
-            continue  # a sum that cancels: its own rounding is a tenth of it
-        error = (weight.grad - whole.get_parameter(name).grad).norm() / weight.grad.norm()
-        assert error < (1e-5 if dtype == torch.float32 else 1e-2), name
 
 
 @pytest.mark.parametrize("activation", ["xielu", pytest.param("xielu_inverted", marks=pytest.mark.slow)])
@@ -180,22 +162,9 @@ def test_compiled_bf16_gradients_at_the_size_of_a_real_run(activation):
             assert (other.grad - weight.grad).norm() < 0.05 * weight.grad.norm(), name
 
 
-DERIVED = """
-from activations import Activation, Integral, fused
-
-def rows(x, a, b):
-    return a * x * x + b * x, 2 * a * x + b, x * x, x
-
-ACTIVATION = Activation("a·x² + b·x", lambda: Integral(fused(rows), {"a": (1.0, 0.0), "b": (0.5, None)}))
-"""
-
-
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, "derived"])
-def test_layers_are_one_graph(tmp_path, activation):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layers_are_one_graph(activation):
     """Forward, backward and without gradients, captured by torch.compile and left as they are."""
-    if activation == "derived":
-        (tmp_path / "parabola.py").write_text(DERIVED, "utf-8")
-        activation = str(tmp_path / "parabola.py")
     model = Llama(ModelConfig(**TINY, activation=activation), seed=0)
     layer, inputs = model.layers[0], (torch.randn(2, 16, 32), model.cos, model.sin)
     torch._dynamo.reset()
@@ -204,20 +173,6 @@ def test_layers_are_one_graph(tmp_path, activation):
     torch.testing.assert_close(*grads)
     with torch.no_grad():
         torch.testing.assert_close(graph(*inputs), layer(*inputs))
-
-
-class BreaksTheGraph(torch.nn.Module):
-    def forward(self, x):
-        torch._dynamo.graph_break()
-        return x
-
-
-def test_a_graph_break_is_an_error(monkeypatch):
-    monkeypatch.setitem(ACTIVATIONS, "broken", Activation("x", BreaksTheGraph))
-    model = Llama(ModelConfig(**TINY, activation="broken"))
-    model.compile_parts()
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        model(tokens(), tokens())
 
 
 class Mixed(torch.nn.Module):
@@ -245,8 +200,8 @@ def test_an_activation_with_a_matrix_and_a_parameter_per_channel(monkeypatch, op
     assert torch.equal(mix, same.layers[1].mlp.act_fn.mix) and not torch.equal(mix, other.layers[1].mlp.act_fn.mix)
     optimizers = make_optimizers(model, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    assert sum(weight is mix for group in groups for weight in group["params"]) == 1
-    assert all(group["weight_decay"] == 0 for group in groups if any(weight is mix for weight in group["params"]))
+    decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+    assert decay == {id(weight): 0.0 if "act_fn" in name else 0.5 for name, weight in model.named_parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     before, losses = [mix.detach().clone(), gain.detach().clone()], []
     for _ in range(5):

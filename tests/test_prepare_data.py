@@ -22,10 +22,9 @@ import pytest
 
 import prepare_data
 from plumbing import sources, unfinished
-from plumbing.command import UserError
 from plumbing.data import find_shards, read_meta
 from plumbing.tokenizer import get_tokenizer
-from runs import ODD_TEXTS, ROOT
+from runs import ODD_TEXTS, ROOT, tokenizer_or_skip
 
 
 def command(*arguments):
@@ -69,13 +68,6 @@ def documents_of(splits):
 
 def contents(folder, pattern="*"):
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
-
-
-def tokenizer_or_skip(name):
-    try:
-        return get_tokenizer(name)
-    except UserError:
-        pytest.skip(f"the tokenizer {name} is not here: set TIKTOKEN_CACHE_DIR")
 
 
 DOCUMENTS = [f"document {k}: " + "hello wörld 🙂\r\n" * (k % 7) for k in range(200)] + ["", "<|endoftext|> is text"]
@@ -217,15 +209,13 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path, capsys):
     others = {"good", "?!", "bad \ufffd utf-8 \0 and NUL" + "." * 100, "the end"}
     assert set(texts) - set(numbers) == others and 1000 < len(set(texts) & set(numbers)) < 19_000
     lines = [f"a.jsonl:{number}" for number in (3, 4, 5, 7)] + ["e.parquet", "g.parquet", "i.jsonl:1", "i.jsonl:2"]
-    assert {reason: (count, sorted(places)) for reason, (count, places) in skipped.items()} == {
-        reason: (count, [f"{tmp_path}/{place}" for place in places])
-        for reason, count, places in [
-            ('skipped lines or rows without a text in "text"', 9, lines),
-            (f"skipped texts with many NULs {utf_16}", 3, ["j.txt", "k.txt", "l.txt"]),
-            ("files not read beyond an error (ArrowInvalid)", 1, ["c.parquet"]),
-            ("files not read beyond an error (OSError)", 4, ["d.txt.gz", "h.txt", "m.jsonl.gz", "n.txt.gz"]),
-            ("U+FFFD replaces bytes that are not UTF-8 in texts", 1, ["b.txt"]),
-        ]
+    found = {reason: (count, sorted(map(os.path.basename, places))) for reason, (count, places) in skipped.items()}
+    assert found == {
+        'skipped lines or rows without a text in "text"': (9, lines),
+        f"skipped texts with many NULs {utf_16}": (3, ["j.txt", "k.txt", "l.txt"]),
+        "files not read beyond an error (ArrowInvalid)": (1, ["c.parquet"]),
+        "files not read beyond an error (OSError)": (4, ["d.txt.gz", "h.txt", "m.jsonl.gz", "n.txt.gz"]),
+        "U+FFFD replaces bytes that are not UTF-8 in texts": (1, ["b.txt"]),
     }
     skipped = sources.Skipped()
     for number in range(12):
@@ -423,19 +413,6 @@ def test_a_folder_that_fills_before_it_is_locked(jsonl, tmp_path, monkeypatch, c
     assert contents(tmp_path / "out", "*.bin") == {"out_train_000001.bin": b"of another process"}
 
 
-@pytest.mark.parametrize("name", ["out", "o[1]", "*"])
-def test_what_an_interrupted_run_left_is_replaced(jsonl, tmp_path, name):
-    whole, out = tmp_path / "a" / name, tmp_path / "b" / name
-    assert main(jsonl, f"--out={whole}", *SMALL) == 0
-    out.mkdir(parents=True)
-    (out / "meta.json.part").write_text('{"shards": 0}')
-    (out / f"{name}_val_000000.bin").write_bytes(b"left over")
-    (out / f"{name}_val_000000.bin.tmp").write_bytes(b"left over")
-    (out / "my_train_notes.tmp").write_bytes(b"not ours")
-    assert main(jsonl, f"--out={out}", *SMALL) == 0
-    assert contents(out) == contents(whole) | {"my_train_notes.tmp": b"not ours"}
-
-
 def test_stopped_at_any_call_to_the_disk(tmp_path, monkeypatch, capsys):
     """Whatever the last call was before a kill, also within a batch, the next start makes the bytes of a run that was
     never stopped, and keeps the shards that are complete."""
@@ -536,13 +513,10 @@ def test_mistakes(jsonl, tmp_path, capsys):
         ("--subset is for fineweb-edu", jsonl, "--subset=sample-10BT"),
         ("unknown tokenizer 'gtp2'", jsonl, "--tokenizer=gtp2"),
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=many"),
-        ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=-5"),
         ("at least 2 and below 2147483648", jsonl, "--shard_tokens=3e9"),
         ("at least 2 and below 2147483648", jsonl, "--val_tokens=1"),
         ("--tokkens", jsonl, "--tokkens=5"),
-        ("SOURCE",),
         ("a.md/x cannot be a folder", jsonl, f"--out={tmp_path}/a.md/x", "--tokenizer=bytes"),
-        ("a.md cannot be a folder", jsonl, f"--out={tmp_path}/a.md", "--tokenizer=bytes"),
     ]:
         assert message in error(capsys, *line)
     assert main("--help") == 0 and "--val_tokens=N" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 activation works. What needs a GPU, a download or hours is parsed and checked as far as the programs do before they
 start."""
 
-import csv
 import importlib.util
 import math
 import re
@@ -18,7 +17,7 @@ import prepare_data
 import train
 import xielu
 from runs import ROOT
-from test_compare import in_this_process
+from test_compare import in_this_process, rows_of
 from tools import bench, compare
 from train import Config
 
@@ -152,8 +151,7 @@ def test_an_activation_of_your_own(corpus, tmp_path):
     command = [sys.executable, "-m", *line, *SMALL, *sizes, *shorter]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    with open(tmp_path / "out/compare/smooth/results.csv", newline="") as file:
-        differences = {row["activation"]: row["difference"] for row in csv.DictReader(file)}
+    differences = {name: row["difference"] for name, row in rows_of(tmp_path / "out/compare/smooth").items()}
     assert differences["copy_of_relu2"] == "0.0" and abs(float(differences["smooth_relu2"])) > 1e-6
     assert "| smooth_relu2 " in done.stdout
 

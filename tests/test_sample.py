@@ -13,7 +13,7 @@ from activations import ACTIVATIONS, Activation
 from model import Llama, ModelConfig
 from plumbing.run import save_checkpoint
 from plumbing.tokenizer import get_tokenizer
-from runs import ROOT, TINY, here
+from runs import ROOT, TINY, error, here
 from test_model import Mixed
 from tools import sample
 from tools.sample import choose, generate
@@ -120,25 +120,20 @@ def test_it_ends_where_the_model_ends_it(trained, capsys, monkeypatch):
     assert written(capsys, trained, "--prompt=x") == "xAüB\n"
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ("", "RUN"),
-        (".", "has no ckpt.pt"),
-        ("out --tokens=0", "at least 1"),
-        ("out --temperature=-1", "temperature must be at least 0"),
-        ("out --temperature=nan", "temperature must be at least 0"),
-        ("out --top_k=-1", "top_k must be at least 0"),
-        ("out --seed=99999999999999999999", "seed must be"),
-        ("out --tokenizer=gpt2", "more than the run's vocab_size=257"),
-        ("out --prompt=a --prompt_file=tiny.py", "not allowed with"),
-        ("out --prompt_file=none", "No such file"),
-        ("out --device=tpu", "invalid choice: 'tpu'"),
-    ],
-)
+MISTAKES = [
+    (".", "has no ckpt.pt"),
+    ("out --tokens=0", "at least 1"),
+    ("out --temperature=-1", "temperature must be at least 0"),
+    ("out --top_k=-1", "top_k must be at least 0"),
+    ("out --seed=99999999999999999999", "seed must be"),
+    ("out --tokenizer=gpt2", "more than the run's vocab_size=257"),
+    ("out --prompt=a --prompt_file=tiny.py", "not allowed with"),
+    ("out --prompt_file=none", "No such file"),
+]
+
+
+@pytest.mark.parametrize("argv, message", MISTAKES)
 def test_mistakes(trained, capsys, monkeypatch, argv, message):
     monkeypatch.setattr(sample, "get_tokenizer", lambda name: SimpleNamespace(n_vocab=50257))  # without a download
     monkeypatch.chdir(trained.parent)
-    assert sample.main(argv.split()) == 2
-    stderr = capsys.readouterr().err
-    assert message in stderr and stderr.count("\n") == 1, stderr
+    assert message in error(capsys, *argv.split(), main=sample.main)

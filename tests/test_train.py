@@ -52,7 +52,6 @@ def test_steps_follow_the_size_of_the_model_and_the_length_of_the_run():
 # (line of the config file, option, message)
 MISTAKES = [
     ("", "--dim=1e12", "dim must be at least 1 and at most 2147483648, not 1000000000000"),
-    ("", "--tokens_per_step=1e30", "tokens_per_step must be at least 1 and at most"),
     ("", "--n_layers=1e6", "n_layers must be at least 1 and at most 10000"),
     ("", "--ffn_dim=2147483646", "to train 274,877,.* parameters takes 4,398 GB, and cpu .* has [0-9]+ GB: lower dim"),
     ("", "--learning_rate=3", "did you mean 'lr'"),
@@ -64,19 +63,11 @@ MISTAKES = [
     ("", "--dim=many", "dim must be a whole number, not 'many'"),
     ("", "--dim=1.5", "dim must be a whole number"),
     ("", "--dim", "dim must be a whole number"),
-    ("", "--dim=", "dim must be a whole number"),
-    ("", "--dim=inf", "dim must be a whole number"),
     ("", "--lr=nan", "lr must be a number"),
     ("", "--compile=maybe", "compile must be True or False"),
     ("", "--out", "out must be text"),
     ("dmi = 3", "", "unknown key 'dmi' in .*tiny.py: did you mean 'dim'"),
-    ("dim = '64x'", "", "dim must be a whole number"),
-    ("dim = True", "", "dim must be a whole number"),
-    ("resume = 1", "", "resume must be True or False"),
-    ("activation = None", "", "activation must be text"),
     ("dim = ", "", "does not run: SyntaxError"),
-    ("from configs.nothing import *", "", "does not run: ModuleNotFoundError"),
-    ("raise SystemError", "", "does not run: SystemError"),
     ("exit(0)", "", "does not run: SystemExit: 0"),
     ("", "--activation=relu3", "unknown activation 'relu3'"),
     ("activation = 'swiglu'", "--ffn_dim=50", "take 51"),
@@ -86,11 +77,9 @@ MISTAKES = [
     ("", "--lr=-1", "lr must be at least 0, not -1.0"),
     ("", "--beta2=1", "beta2 must be at least 0 and below 1, not 1.0"),
     ("", "--dtype=float16", "dtype must be one of auto, float32, bfloat16"),
-    ("", "--device=tpu", "device must be one of"),
     ("", "--tokens_per_step=100", "use --tokens_per_step=128$"),
     ("", "--tokens_per_step=1000", "use --tokens_per_step=1024$"),
     ("", "--tokens_per_step=192", "use --micro_batch_size=3$"),
-    ("", "--n_layers=0", "n_layers must be at least 1"),
     ("", "--n_kv_heads=3", "n_heads=2 is not a multiple of n_kv_heads=3"),
     ("", "--dim=30", "dim=30 over n_heads=2 must give an even number"),
     ("", "--out={tmp}/tiny.py/x", "tiny.py/x cannot be a folder"),
@@ -193,22 +182,13 @@ def test_learning_rate():
     assert [learning_rate(plain, update) for update in range(3)] == [1.0] * 3
 
 
-def test_everything_decays_but_the_activation_scalars():
-    model = Llama(ModelConfig(dim=32, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=48))
-    (adamw,) = make_optimizers(model, Config(weight_decay=0.1))
-    decayed, scalars = adamw.param_groups
-    assert decayed["weight_decay"] == 0.1 and scalars["weight_decay"] == 0.0
-    assert len(scalars["params"]) == 6 and all(scalar.shape == (1,) for scalar in scalars["params"])
-    assert len(decayed["params"]) + 6 == len(list(model.parameters()))
-    assert (decayed["betas"], decayed["eps"]) == ((0.9, 0.95), 1e-8)
-
-
 def test_muon_takes_the_matrices_of_the_layers():
     """Its updates are 0.2 in root mean square for every shape, as AdamW's are about."""
     model = Llama(ModelConfig(dim=32, n_layers=3, n_heads=2, n_kv_heads=2, ffn_dim=48))
     config = Config(optimizer="muon", weight_decay=0.0, alpha_lr=0.5)
     adamw, muon = make_optimizers(model, config)
     assert [len(group["params"]) for group in adamw.param_groups] == [1 + 2 * 3 + 1, 6]
+    assert (adamw.defaults["betas"], adamw.defaults["eps"]) == ((0.9, 0.95), 1e-8)
     assert len(muon.param_groups[0]["params"]) == 6 * 3
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     tokens = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(1))
@@ -219,16 +199,6 @@ def test_muon_takes_the_matrices_of_the_layers():
         expected = {True: 0.2, False: 1.0}[name.startswith("layers") and weight.ndim == 2]
         expected *= 0.5 if "alpha" in name else 1
         assert change == pytest.approx(expected, rel=0.3), name
-
-
-@pytest.mark.parametrize("factor", [0.0, 1.0, 10.0])
-def test_alpha_lr(config, out, factor):
-    """AdamW's first update is the learning rate, for each scalar."""
-    here(config, "--activation=xiprelu", "--warmup_steps=0", "--decay_steps=0", "--max_steps=1", f"--alpha_lr={factor}")
-    state = torch.load(out / "ckpt.pt")["model"]
-    raw = [value.item() for name, value in state.items() if "raw_alpha" in name]
-    start = math.log(math.expm1(0.8))
-    assert [abs(value - start) for value in raw] == pytest.approx([1e-3 * factor] * 4, rel=1e-3, abs=1e-7)
 
 
 def test_auto_dtype(monkeypatch):
@@ -262,13 +232,7 @@ def test_what_auto_took_holds(config, out, monkeypatch):
 
 
 def test_peaks(monkeypatch):
-    names = {
-        "NVIDIA H100 80GB HBM3": 989e12,
-        "NVIDIA H100 PCIe": 756e12,
-        "NVIDIA H200 NVL": 835e12,
-        "NVIDIA A100-SXM4-80GB": 312e12,
-        "Other": None,
-    }
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200 NVL": 835e12, "Other": None}
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
@@ -395,10 +359,6 @@ def test_ddp_never_holds_gradients_twice(monkeypatch):
         for trained.require_backward_grad_sync in (False, True):
             trained(tokens[:, :-1], tokens[:, 1:]).backward()
             assert {weight.grad.untyped_storage().data_ptr() for weight in model.parameters()} == set(storages)
-        whole = [weight.grad.clone() for weight in model.parameters()]
-        model.zero_grad(set_to_none=True)
-        (2 * model(tokens[:, :-1], tokens[:, 1:])).backward()
-        torch.testing.assert_close(whole, [weight.grad for weight in model.parameters()])
     finally:
         torch.distributed.destroy_process_group()
 

@@ -249,21 +249,12 @@ def test_bits(n):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inverted_keeps_one_wide_tensor_less(dtype, compiled):
-    leaf = torch.randn(4, 32, 64, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
-    wide = 4 * 32 * 256
-    kept, results = [], []
-    for name in ("xielu", "xielu_inverted"):
-        mlp = MLP(ModelConfig(dim=64, n_heads=4, n_kv_heads=4, ffn_dim=256, activation=name))
-        generator = torch.Generator().manual_seed(5)
-        for layer in (mlp.up_proj, mlp.down_proj):
-            torch.nn.init.normal_(layer.weight, std=0.1, generator=generator)
+    """In an MLP, whose last layer keeps the output anyway."""
+    x, kept = torch.randn(4, 32, 64).to(dtype).requires_grad_(), []
+    for activation in ("xielu", "xielu_inverted"):
+        mlp = MLP(ModelConfig(dim=64, n_heads=4, n_kv_heads=4, ffn_dim=256, activation=activation))
         if compiled:
             mlp.compile()
-        kept.append(bytes_kept(mlp, [leaf]))
-        y = mlp(leaf)
-        results.append([y.detach(), *torch.autograd.grad(y.sum(), [leaf, *mlp.parameters()])])
+        kept.append(bytes_kept(mlp, [x]))
+    wide = 4 * 32 * 256
     assert kept[0] - kept[1] == wide * dtype.itemsize - wide // 8
-    for standard, inverse in zip(*results):
-        scale = standard.abs().max()
-        tolerance = 1e-4 if dtype == torch.float32 else 0.02
-        torch.testing.assert_close(inverse / scale, standard / scale, rtol=0, atol=tolerance)
