@@ -359,6 +359,10 @@ def test_ddp_never_holds_gradients_twice(monkeypatch):
         for trained.require_backward_grad_sync in (False, True):
             trained(tokens[:, :-1], tokens[:, 1:]).backward()
             assert {weight.grad.untyped_storage().data_ptr() for weight in model.parameters()} == set(storages)
+        whole = [weight.grad.clone() for weight in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        (2 * model(tokens[:, :-1], tokens[:, 1:])).backward()
+        torch.testing.assert_close(whole, [weight.grad for weight in model.parameters()])
     finally:
         torch.distributed.destroy_process_group()
 
