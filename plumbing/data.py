@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,6 +152,8 @@ def bits_per_byte(loss, meta, shards):
 
 # Raise it whenever the batches of a seed change, so that no run resumes with other batches than it began with
 ORDER_VERSION = 2
+# Threads that read ahead would each draw the order of an epoch, which takes seconds for a large run
+ONE_AT_A_TIME = threading.Lock()
 
 
 @functools.lru_cache(2)  # a batch may end one epoch and begin the next
@@ -204,7 +207,9 @@ class Corpus:
         """
         positions = range(step * size + rank * size // world, step * size + (rank + 1) * size // world)
         places = [divmod(position, self.n_sequences) for position in positions]
-        return np.stack([self.sequence(order(self.n_sequences, seed, epoch)[place]) for epoch, place in places])
+        with ONE_AT_A_TIME:
+            orders = {epoch: order(self.n_sequences, seed, epoch) for epoch in sorted({epoch for epoch, _ in places})}
+        return np.stack([self.sequence(orders[epoch][place]) for epoch, place in places])
 
 
 def prefetched(function, items, workers=1):

@@ -240,8 +240,8 @@ def launch(run, world, place, lock):
 
 def run_all(runs, places, world, lock, start, later=()):
     """Run what is not finished, as many at once as there are places; UserError if their data cannot be used. Returns
-    {name: "failed …" or "diverged"}. `start` is when the comparison began, and `later` are the runs that
-    come after these. After Ctrl-C, each run saves a checkpoint first."""
+    {name: "failed …" or "diverged"} of the runs that did so. `start` is when the comparison began, and `later` are the
+    runs that come after these. After Ctrl-C, each run saves a checkpoint first."""
     titles = {run: f"[{number}/{len(runs)}] {run.out.name}" for number, run in enumerate(runs, 1)}
     waiting, free, running, failed = [], list(places), {}, {}
     for run in runs:
@@ -411,7 +411,7 @@ def compare_rows(reference, group):
 
 
 def verdict(row):
-    """What a row's difference to its reference says, in words."""
+    """What a row's difference from its reference says, in words."""
     _, space, keys = row["name"].partition(" ")
     reference = row["reference"].removesuffix(space + keys)  # keys that both have are said once
     text = f"{row['name']} against {reference}: {row['difference']:+.4f} nats per token"

@@ -21,7 +21,7 @@ MOST_SEEDS = 1000
 
 
 def differences(losses):
-    """(differences to the first row, half of the width of their intervals, residual standard deviation) of losses, an
+    """(differences from the first row, half of the width of their intervals, residual standard deviation) of losses, an
     array (rows, seeds). Where there are no degrees of freedom, the last two are None."""
     losses = np.asarray(losses, float)
     rows, seeds = losses.shape

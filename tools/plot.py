@@ -1,6 +1,6 @@
 """Figures, of runs and of activations:
 
-    python -m tools.plot loss RUN…          validation loss against tokens, and its difference to the first RUN's
+    python -m tools.plot loss RUN…          validation loss against tokens, and its difference from the first RUN's
     python -m tools.plot scalars RUN…       the trained scalars of an activation (αp, αn), by tokens and layer
     python -m tools.plot xielu              xIELU and its gradient at several αp and αn
     python -m tools.plot activations        every activation and its gradient
@@ -123,7 +123,7 @@ def label_tokens(axis):
 
 def draw_loss(folders, path):
     """Validation loss against tokens, a thin line for each seed and a thick one for their mean; beside it, the
-    differences to the first group over the seeds that all have, with the table's intervals as bands."""
+    differences from the first group over the seeds that all have, with the table's intervals as bands."""
     groups = read_groups(folders)
     columns = min(len(groups), 2)
     figure, [axes] = new_figure(1, columns, 2 + 4.5 * columns, 4.5 + 0.1 * len(groups))
@@ -154,7 +154,7 @@ def limits(values):
 
 
 def draw_differences(axis, groups):
-    """The difference of each group's mean loss to the first group's, against tokens, with the intervals of
+    """The difference of each group's mean loss from the first group's, against tokens, with the intervals of
     tools.intervals at each of them."""
     first, *others = groups
     seeds = set.intersection(*(set(group) for group in groups.values()))
@@ -176,7 +176,7 @@ def draw_differences(axis, groups):
 
 
 def draw_budget(rows, path):
-    """The difference of each row of a comparison to its reference, a dot with its interval, against tokens per
+    """The difference of each row of a comparison from its reference, a dot with its interval, against tokens per
     parameter. Where a line crosses zero, the order of the two changes."""
 
     def label(name):  # without the length
