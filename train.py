@@ -171,6 +171,8 @@ def train(argv):
         if finite:
             update(optimizers, lr)
         model.zero_grad(set_to_none=WORLD == 1)  # DDP's gradients are views of its buckets: None would break them
+        if step == run.start + 1:
+            recent.clear()  # the first step compiles, and would spoil the rate of those that follow
         recent.append(time.perf_counter() - began)
         run.seconds += recent[-1]
 
@@ -190,8 +192,6 @@ def train(argv):
             rates = {"tokens_per_s": speed, "mfu": mfu, "memory": machine.peak_memory(device)}
             run.log("train", step + 1, loss=loss, lr=lr, grad_norm=grad_norm, **rates, **spike)
             recent.clear()
-        if step == run.start:
-            recent.clear()  # the first step compiles, and would spoil the rate of those that follow
 
     # The last weights: save them, then evaluate
     if run.saved != end:

@@ -33,7 +33,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 # The processes of a node share its cores, but PyTorch would start a compile worker per core for each of them
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))))
+if LOCAL_WORLD > 1:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))))
 
 # How long a process waits for the others: the first may write or check a checkpoint of 36 GB (the 3B model's)
 PATIENCE = timedelta(minutes=30)
@@ -70,11 +71,12 @@ def pick_dtype(name, device, tell=lambda text: None):
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        dtype, reason = gathered(faster_dtype())[0]  # the first process decides
+        choice = faster_dtype()
     elif device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        dtype, reason = torch.bfloat16, "this GPU computes in it natively"
+        choice = torch.bfloat16, "this GPU computes in it natively"
     else:
-        dtype, reason = torch.float32, "this GPU is not known to compute natively in bfloat16"
+        choice = torch.float32, "this GPU is not known to compute natively in bfloat16"
+    dtype, reason = gathered(choice)[0]  # the first process decides
     tell(f"dtype=auto takes {str(dtype)[6:]}: {reason}")
     return dtype
 
@@ -97,6 +99,7 @@ def faster_dtype():
 
 # Dense bf16 peak in FLOP/s by what the device's name contains (from the makers' data sheets); the first match counts
 PEAK_FLOPS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -207,7 +210,7 @@ def join_processes(device, run):
     """Connect to the other processes; UserError unless `run` (folder, dtype, steps) is the same on all.
 
     torchrun's store survives a restart, with the addresses of dead processes in it, so each attempt gets a part of the
-    store to itself.
+    store to itself. (Several nodes count their restarts apart: docs/running.md has them use a new store each time.)
     """
     if WORLD == 1:
         return
@@ -216,7 +219,8 @@ def join_processes(device, run):
         backend, gpu = "nccl", device
         torch.cuda.set_device(gpu)
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = dist.PrefixStore(f"attempt{RESTARTS}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"attempt{RESTARTS}", store)
     dist.init_process_group(backend, timeout=PATIENCE, device_id=gpu, store=store, rank=rank, world_size=world)
     if any(other != run for other in gathered(run)):
         raise UserError(f"the processes see different runs in {run[0]}: it must be on a disk that all nodes share")

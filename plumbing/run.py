@@ -1,5 +1,5 @@
-"""The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it, and none
-of its files is ever half written."""
+"""The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it. Nothing
+but the last line of the log is ever half written."""
 
 import itertools
 import json
@@ -193,9 +193,9 @@ def check_facts(began, now, out):
 
 
 def save_checkpoint(out, checkpoint, keep=1, before=None):
-    """Write ckpt.pt. To keep several, the one that it replaces, of step `before`, stays under its number; those beyond
-    `keep` are removed."""
-    if keep > 1 and before is not None and (out / "ckpt.pt").exists():
+    """Write ckpt.pt. To keep several, the one that it replaces, of step `before`, stays under its number, unless it has
+    seen no update; those beyond `keep` are removed."""
+    if keep > 1 and before and (out / "ckpt.pt").exists():
         numbered(out, before).unlink(missing_ok=True)
         try:  # a second name, which costs no room, until another file takes the place of ckpt.pt
             os.link(out / "ckpt.pt", numbered(out, before))
@@ -232,7 +232,7 @@ class Run:
         keys = from_file | options
         self.out, self.from_file = Path(keys["out"]), from_file
         self.lock = lock_folder(self.out) if RANK == 0 and self.out.exists() else None
-        resume = keys["resume"] or keys["resume_from"] or RESTARTS > 0
+        resume = keys["resume"] or keys["resume_from"] or (RESTARTS and self.was_begun_by(Config(**keys)))
         self.back_to = keys["resume_from"]
         if self.back_to and RESTARTS and read_about(self.out)["config"].get("resume_from") == self.back_to:
             self.back_to = 0  # torchrun has restarted a run that has gone back already
@@ -240,7 +240,8 @@ class Run:
         if resume and keys["dtype"] == "auto":
             options = options | {"dtype": dtype_taken(self.out, saved)}
         if saved:
-            self.config = Config.resumed(saved, from_file, options | {"out": keys["out"]})
+            of_folder = {name: keys[name] for name in ("out", "resume", "resume_from")}
+            self.config = Config.resumed(saved, from_file, options | of_folder)
         else:
             self.config = Config(**(from_file | options))
         self.config.check_batch(WORLD)
@@ -260,6 +261,14 @@ class Run:
             self.note_extension(saved["config"])
         elif resume:
             say(f"{self.out} has no checkpoint: starting from scratch")
+
+    def was_begun_by(self, config):
+        """Whether the run in this folder has this config. If not, torchrun has restarted a command that was refused."""
+        try:
+            began = read_about(self.out)["config"]
+        except UserError:
+            return False
+        return began == vars(config) | {"dtype": began.get("dtype")}
 
     def note_extension(self, before):
         """Say so if a run is extended whose learning rate had begun to fall, as the config `before` says."""
@@ -305,7 +314,8 @@ class Run:
         checkpoint |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         try:
             if RANK == 0:
-                os.fsync(self.log_file.fileno())  # the log has all lines up to this step
+                self.flush()  # the log has all lines up to this step
+                os.fsync(self.log_file.fileno())
                 checkpoint |= self.about | {"from_file": self.from_file}
                 save_checkpoint(self.out, checkpoint, self.config.keep_checkpoints, self.saved)
             self.saved = step
@@ -338,10 +348,14 @@ class Run:
         record = {"kind": kind, "step": step, "tokens": tokens, "seconds": self.seconds, **values}
         self.unwritten += json.dumps(record).encode() + b"\n"
         try:
-            while self.unwritten:
-                del self.unwritten[: self.log_file.write(self.unwritten)]
+            self.flush()
         except OSError as error:
             say(f"warning: {self.out}/log.jsonl cannot be written ({error.strerror}); its lines are kept for later")
+
+    def flush(self):
+        """Write the lines of the log that wait."""
+        while self.unwritten:
+            del self.unwritten[: self.log_file.write(self.unwritten)]
 
     def shown(self, kind, step, values):
         """A record in words."""
@@ -359,6 +373,7 @@ class Run:
 
     def stopped(self, step):
         """Say where a signal stopped the run; returns the exit status."""
+        machine.gathered(None)  # the others wait until the first has saved: once they end, torchrun kills it
         state = "checkpoint saved" if self.saved == step else self.newest
         instead = " instead of --resume_from" if self.config.resume_from else ""
         say(f"stopped at step {step}, {state}: the same command with --resume{instead} continues")

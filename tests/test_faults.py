@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ import xielu
 from activations import facts_of, load_derived
 from plumbing import files, machine
 from plumbing.command import UserError
-from plumbing.run import check_facts, save_checkpoint
+from plumbing.run import Run, check_facts, save_checkpoint
 from runs import ROOT, assert_same_losses, error, here, launch, log, run, settings_restored
 from tools.check import check
 from tools.sample import load_run
@@ -272,6 +273,29 @@ def test_torchrun_restarts_and_goes_on(config, tmp_path, times):
         assert log(out) == log(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_two_nodes_restart_together(config, tmp_path, out, monkeypatch):
+    """A rank dies while the others hang, as with NCCL. torchrun counts a restart on the node of the dead rank alone."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as in docs/running.md's script
+    once = f"""
+def _die_or_hang(number):
+    mark = "{tmp_path}/rank%d" % _train.RANK
+    if number == 5 and not _os.path.exists(mark):
+        _os.mkdir(mark)
+        _time.sleep(600 if _train.RANK else 2)
+        _os.kill(_os.getpid(), 9)
+"""
+    faults = faulty(config, once + fault("compute_gradient", "_die_or_hang(_number) or _original(*arguments)"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    torchrun = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--max-restarts=3"]
+    nodes = [launch(faults, "--micro_batch_size=2", "--resume", processes=2, torchrun=torchrun) for _ in range(2)]
+    texts = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0] and f"resuming {out} at step 4" in "".join(texts)
+    whole(out)
+
+
 # ------------------------------------------------------------------------------------------------ NaN
 
 
@@ -353,6 +377,21 @@ def test_no_room_for_a_checkpoint(config, out):
     assert "stopped at step 12, the last checkpoint is that of step 4: the same command with --resume" in text
     here(config, "--resume", "--max_steps=12")
     assert whole(out)["step"] == 12
+
+
+def test_no_checkpoint_is_ahead_of_the_log(config, out, monkeypatch):
+    """A kill would lose the lines between. Here the disk has no room for the line of step 8 until the next one."""
+    write = Run.flush
+
+    def flush(run):
+        if b'"step": 8,' in run.unwritten and b'"step": 9,' not in run.unwritten:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(run)
+
+    monkeypatch.setattr(Run, "flush", flush)
+    text = here(config)
+    assert "warning: no checkpoint at step 8 (No space left on device); the last checkpoint is that of step 4" in text
+    assert [record["step"] for record in log(out) if record["kind"] == "train"] == list(range(1, 13))
 
 
 @pytest.fixture
@@ -442,6 +481,17 @@ def test_a_restart_by_torchrun_goes_back_once(config, out, monkeypatch):
     here(config, *options, "--max_steps=10", "--decay_steps=2")
     monkeypatch.setattr("plumbing.run.RESTARTS", 1)
     assert "is finished: step 10 of 10" in here(config, *options) and not (out / "left_2").exists()
+    monkeypatch.undo()
+    here(config, "--resume", "--max_steps=12")
+    assert json.loads((out / "config.json").read_text())["config"]["resume_from"] == 0
+
+
+def test_a_restart_by_torchrun_resumes_what_the_command_began(config, out, monkeypatch, capsys):
+    """And not the run because of which the command was refused."""
+    here(config, "--max_steps=8")
+    monkeypatch.setattr("plumbing.run.RESTARTS", 1)
+    assert f"{out} already holds a run" in error(capsys, config, "--max_steps=8", "--lr=1e-4")
+    assert "is finished: step 8 of 8" in here(config, "--max_steps=8")
 
 
 def test_extending_a_run_whose_learning_rate_has_fallen(config, out):
