@@ -205,6 +205,7 @@ def test_places(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert places(None, 1, cpu) == [{"OMP_NUM_THREADS": "8"}] and places(3, 1, cpu) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert places(2, 2, cpu) == [{"OMP_NUM_THREADS": "2"}] * 2  # for each of a run's two processes
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert places(2, 1, cpu) == [{"OMP_NUM_THREADS": "5"}] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
@@ -239,14 +240,16 @@ def test_windows(config, monkeypatch, capsys):
     assert "needs Linux, macOS or WSL" in error(capsys, config, main=compare.main)
 
 
-def test_estimate_counts_all_gpus(monkeypatch):
+def test_estimate_counts_all_devices(monkeypatch):
     monkeypatch.setattr(compare, "outcome", lambda run: None)
     monkeypatch.setattr(compare, "peak_flops", lambda device, dtype: 1e9)
     monkeypatch.setattr(compare, "linear_speed", lambda dtype: 1e9)
     hour = 0.4 * 1e9 * 3600  # FLOPs, of one device
-    for kind, devices in (("cuda", 2 * 8), ("cpu", 2)):
-        run = SimpleNamespace(flops=hour * devices)
-        assert compare.estimate([run], 2, 8, torch.device(kind), None) == "about 1h00m with 2 at once"
+    run = SimpleNamespace(flops=hour * 8)
+    for runs, hours in ((1, 1), (2, 1), (4, 2)):
+        for kind in ("cuda", "cpu"):
+            estimate = compare.estimate([run] * runs, 2, 8, torch.device(kind), None)
+            assert estimate == f"about {hours}h00m with 2 at once"
 
 
 MISTAKES = [
@@ -268,6 +271,7 @@ MISTAKES = [
     (["--tune=dim=32,64", "--seed=1"], "differ by"),
     (["--tokens_per_parameter=2", "--max_steps=9"], "both set the length of the run: give one of them"),
     (["--tune=lr=1e-3,2e-3", "--tokens_per_parameter=2,4", "--tune_up_to=3"], "--tune_up_to=3 is not one of"),
+    (["--tune=lr=1e-3,2e-3", "--tune_up_to=3"], "--tune_up_to=3 is not one of"),  # of the config's length alone
 ]
 
 
@@ -391,7 +395,7 @@ def test_tuning(config, tmp_path, pretend, capsys):
     assert {name: float(row["lr"]) for name, row in rows_of(out).items()} == best | {"relu2": 0.0005, "swiglu": 0.008}
 
 
-def test_long_runs_take_the_value_of_shorter_ones(config, tmp_path, pretend, monkeypatch):
+def test_long_runs_take_the_value_of_shorter_ones(config, tmp_path, pretend, monkeypatch, capsys):
     trained = pretend(lambda activation, lr, seed: 2 + abs(lr - {"xielu": 0.001, "relu2": 0.002}[activation]))
     grid = [config, "--activation=xielu,relu2", "--tokens_per_parameter=2,4,8", "--tune=lr=1e-3,2e-3", "--seed=1,2"]
     assert compare.main([*grid, "--tune_up_to=4", f"--out={tmp_path}"]) == 0
@@ -401,6 +405,8 @@ def test_long_runs_take_the_value_of_shorter_ones(config, tmp_path, pretend, mon
     assert (tmp_path / "budget.png").stat().st_size > 1000
     monkeypatch.setattr(compare, "open_data", None)  # the table again, by which nothing is trained, takes no data
     assert compare.main([*grid, "--tune_up_to=4", f"--out={tmp_path}"]) == 0
+    assert compare.main([*grid, "--tune_up_to=4", f"--out={tmp_path}", "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("20 runs, about 0m00s with 1 at once\n")  # all are finished
 
 
 def test_tuning_that_is_cut_off_chooses_alike(config, tmp_path, pretend):

@@ -1,4 +1,5 @@
-"""Programs around train.py, each started by  python -m tools.NAME; --help says what it does."""
+"""Programs around train.py, started by  python -m tools.NAME; --help says what each does. archive and intervals are
+parts of the others."""
 
 import os
 

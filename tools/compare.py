@@ -209,9 +209,9 @@ def outcome(run):
 
 
 def places(jobs, world, device):
-    """The environment of each run that may run at the same time: its GPUs, or its number of threads on a CPU."""
+    """The environment of each run that may run at the same time: its GPUs, or each process's threads on a CPU."""
     if device.type != "cuda":
-        threads = os.environ.get("OMP_NUM_THREADS") or max(1, torch.get_num_threads() // (jobs or 1))
+        threads = os.environ.get("OMP_NUM_THREADS") or max(1, torch.get_num_threads() // ((jobs or 1) * world))
         return [{"OMP_NUM_THREADS": str(threads)}] * (jobs or 1)
     count = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
@@ -227,7 +227,7 @@ def launch(run, world, place, lock):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=150", f"--nproc_per_node={world}"]
     launcher = torchrun if world > 1 else []
     run.out.mkdir(parents=True, exist_ok=True)
-    with open(run.out / "output.txt", "a") as output:
+    with open(run.out / "output.txt", "w") as output:
         return subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / "train.py"), *run.arguments],
             stdout=output,
@@ -292,13 +292,14 @@ def note_outcome(run, title, times, failed, status=None):
 
 
 def estimate(runs, jobs, world, device, dtype):
-    """How long these runs take, `jobs` at once on `world` GPUs each or on a CPU, in words, at 40 % of the speed of this
+    """How long these runs take, `jobs` at once with `world` processes each, in words, at 40 % of the speed of this
     device's matrix products (40 to 50 % is what the models of configs/ reach). Finished ones take none."""
-    flops = sum(run.flops for run in runs if not outcome(run))
-    speed, devices = (peak_flops(device, dtype), world) if device.type == "cuda" else (linear_speed(dtype), 1)
+    flops = [run.flops for run in runs if not outcome(run)]
+    speed = peak_flops(device, dtype) if device.type == "cuda" else linear_speed(dtype)
     if not speed:
         return "the speed of this device is not known"
-    return f"about {format_seconds(flops / (0.4 * speed * devices * jobs))} with {jobs} at once"
+    flops_in_turn = max([sum(flops) / jobs, *flops])  # a run takes one place, however many are free
+    return f"about {format_seconds(flops_in_turn / (0.4 * speed * world))} with {jobs} at once"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def tuned_losses(key, runs, failed):
 
 def tuned_row(run, up_to):
     """The name of the row whose tuned value a run takes: its own, or that of the longest run that is tuned."""
-    length = run.case.get("tokens_per_parameter", 0)
+    length = run.case.get("tokens_per_parameter", math.inf)
     return label_of(run.case | {"tokens_per_parameter": up_to}) if up_to and length > up_to else run.row
 
 
@@ -332,8 +333,8 @@ def tuned_row(run, up_to):
 
 
 def mean(values):
-    """The mean of a list; None if it is empty, or lacks a value (None)."""
-    return sum(values) / len(values) if values and None not in values else None
+    """The mean of a list; None if it lacks a value (None)."""
+    return None if None in values else sum(values) / len(values)
 
 
 def summarize(runs):
@@ -497,11 +498,11 @@ def write_results(rows, text, out):
 def draw_figures(runs, rows, tuning, key, out):
     """Draw what can be drawn: budget.png; loss.png; scalars-NAME.png of each row of the longest runs whose activation
     has trained scalars; tune.png. Returns the names."""
-    folders = {}  # {tokens: {row: [folder]}}
+    most = max(row["tokens"] for row in rows)
+    groups = {row["name"]: [] for row in rows if row["tokens"] == most}  # the reference first
     for run in runs:
-        if (result := outcome(run)) and math.isfinite(result["loss"]):
-            folders.setdefault(run.tokens, {}).setdefault(run.row, []).append(run.out)
-    groups = folders[max(folders)]
+        if run.row in groups and (result := outcome(run)) and math.isfinite(result["loss"]):
+            groups[run.row].append(run.out)
     figures = {"budget.png": partial(plot.draw_budget, rows)}
     figures["loss.png"] = partial(plot.draw_loss, [folder for group in groups.values() for folder in group])
     figures |= {file_name(f"scalars-{name}.png"): partial(plot.draw_scalars, group) for name, group in groups.items()}
@@ -545,16 +546,19 @@ def compare(argv):
         tuning = [run for run in tuning if tuned_row(run, up_to) == run.row]
         return tuning, read_grid([*arguments, *tried], out, world, key)
 
-    def with_first_value(candidates):
-        """As many runs as will be compared, before their tuned values are known."""
-        return [run for run in candidates if not key or run.tuned[key] == values[0]]
+    def one_of_each(candidates):
+        """As many runs as will be compared, before their tuned values are known: finished ones if there are any."""
+        alike = {}
+        for run in candidates:
+            alike.setdefault((run.row, run.config.seed), []).append(run)
+        return [min(runs, key=lambda run: outcome(run) is None) for runs in alike.values()]
 
     tuning, candidates = grid(others)
     if seeds := {run.config.seed for run in candidates} & {run.config.seed for run in tuning}:
         raise UserError(f"--seed and --tune_seeds share {min(seeds)}: compare on other seeds than those of the tuning")
     if unknown := {tuned_row(run, up_to) for run in candidates} - {run.row for run in candidates}:
         raise UserError(f"--tune_up_to={up_to:g} is not one of the lengths: there is no {min(unknown)}")
-    plan = with_first_value(candidates)
+    plan = one_of_each(candidates)
     device = pick_device(plan[0].config.device)
     at_once = places(options.jobs, world, device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -564,15 +568,15 @@ def compare(argv):
         print(f"then, each with its best {key}:")
     print_grid(plan)
     check_matched(tuning + plan, options.unmatched)
-    dtype = pick_dtype(plan[0].config.dtype, device)
     if options.dry_run:
+        dtype = pick_dtype(plan[0].config.dtype, device)
         print(f"{len(tuning + plan)} runs, {estimate(tuning + plan, len(at_once), world, device, dtype)}")
         return 0
     with lock_folder(out, wait=True) as lock:
         tuning, candidates = grid(share_dtype(tuning + candidates, others))
         train = partial(run_all, places=at_once, world=world, lock=lock, start=time.monotonic())
         try:
-            failed = train(tuning, later=with_first_value(candidates))
+            failed = train(tuning, later=one_of_each(candidates))
             losses = tuned_losses(key, tuning, failed)
             chosen = {name: best_value(tried) for name, tried in losses.items()}
             runs = [run for run in candidates if not key or run.tuned[key] == chosen[tuned_row(run, up_to)]]

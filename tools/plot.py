@@ -6,7 +6,8 @@
     python -m tools.plot activations        every activation and its gradient
 
 RUN is the folder of a run, such as out/compare/demo/xielu-seed=1. Runs that differ only in their seed make one line,
-their mean; scalars adds a band from lowest to highest. --out=FILE.png says where; the default is out/plot/NAME.png.
+their mean, with thin lines for each (loss) or a band from lowest to highest (scalars). --out=FILE.png says where; the
+default is out/plot/NAME.png.
 """
 
 import math
@@ -123,7 +124,7 @@ def label_tokens(axis):
 
 def draw_loss(folders, path):
     """Validation loss against tokens, a thin line for each seed and a thick one for their mean; beside it, the
-    differences from the first group over the seeds that all have, with the table's intervals as bands."""
+    differences from the first group over the seeds that all have, with their intervals as bands."""
     groups = read_groups(folders)
     columns = min(len(groups), 2)
     figure, [axes] = new_figure(1, columns, 2 + 4.5 * columns, 4.5 + 0.1 * len(groups))
@@ -183,7 +184,7 @@ def draw_budget(rows, path):
         return re.sub(rf" ({'|'.join(BUDGETS)})=\S+", "", name)
 
     lines = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["tokens"]):
         if row["difference"] is not None:
             lines.setdefault(label(row["name"]), []).append(row)
     if not lines:
