@@ -31,6 +31,7 @@ FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}
 # How content_hash samples a shard: shards of up to 4096 tokens are covered completely
 SAMPLES = 64
 SAMPLE_TOKENS = 64
+AGAIN = "the data again, in an empty folder"
 SMALLER_IDS = "raise vocab_size, or prepare the data with a smaller tokenizer"
 
 
@@ -79,14 +80,15 @@ def open_shard(path):
     """The Shard in this file. UserError if its header is not that of a shard or does not fit the size of the file."""
     header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
     if header.nbytes < HEADER_BYTES:
-        raise UserError(f"{path} is not a shard: it is shorter than the header; prepare it again or delete it")
+        raise UserError(f"{path} is not a shard: it is shorter than the header; delete it, or prepare {AGAIN}")
     magic, version, tokens = header[:3].tolist()
     dtype = FORMATS.get((magic, version))
     if dtype is None:
         raise UserError(f"{path} is not a shard: magic number {magic} and version {version} are of no known format")
     found = (path.stat().st_size - HEADER_BYTES) / dtype.itemsize
     if found != tokens:
-        raise UserError(f"{path} is damaged: its header says {tokens} tokens, but it holds {found:g}; prepare it again")
+        reason = f"its header says {tokens} tokens, but it holds {found:g}"
+        raise UserError(f"{path} is damaged: {reason}; prepare {AGAIN}")
     return Shard(path, dtype, tokens)
 
 
@@ -129,11 +131,11 @@ def read_meta(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is malformed ({error!r}): prepare the data again, or delete it") from None
+        raise UserError(f"{path} is malformed ({error!r}): prepare {AGAIN}") from None
     for split in ("train", "val"):
         stated, found = meta["splits"][split]["tokens"], sum(shard.tokens for shard in find_shards(folder, split))
         if stated != found:
-            raise UserError(f"{path} says {stated} {split} tokens, but the shards hold {found}: prepare the data again")
+            raise UserError(f"{path} says {stated} {split} tokens, but the shards hold {found}: prepare {AGAIN}")
     return meta
 
 
@@ -170,7 +172,8 @@ def order(n, seed, epoch):
 class Corpus:
     """One split of a folder of shards, as n_sequences numbered sequences of seq_len + 1 tokens: seq_len inputs, and
     the targets, which are the inputs shifted by one. The last token of a sequence is the first of the next, so that
-    each target is predicted once per epoch. UserError as for find_shards."""
+    each target is predicted once per epoch, but for fewer than seq_len at the end of a shard. UserError as for
+    find_shards."""
 
     def __init__(self, folder, split, seq_len, vocab_size):
         self.shards = find_shards(folder, split)
@@ -260,6 +263,8 @@ def open_data(config, say):
         raise UserError(f"{config.data} is too short for one sequence of {config.seq_len} tokens: lower seq_len")
     if max(shard.tokens for shard in validation.shards) < 2:
         raise UserError(f"{config.data} has no validation tokens to predict: prepare it with a larger --val_tokens")
+    if meta is None and (Path(config.data) / "meta.json.part").exists():
+        raise UserError(f"{config.data} is not complete: the prepare_data.py command that began it continues it")
     if meta is None:
         say(f"note: {config.data} has no meta.json, so bits per byte are not known")
     elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":

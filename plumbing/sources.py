@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import sysconfig
+import threading
 import time
 from functools import partial
 from itertools import islice
@@ -42,10 +43,13 @@ def batches(documents):
 class Skipped(dict):
     """What could not be used: {reason: (how often, where the first ten times)}."""
 
+    lock = threading.Lock()  # several threads tokenize
+
     def note(self, reason, where):
-        count, places = self.get(reason, (0, []))
-        new = str(where) not in places and len(places) < 10
-        self[reason] = count + 1, places + [str(where)] * new
+        with self.lock:
+            count, places = self.get(reason, (0, []))
+            new = str(where) not in places and len(places) < 10
+            self[reason] = count + 1, places + [str(where)] * new
 
     def report(self):
         for reason, (count, places) in self.items():
@@ -221,12 +225,13 @@ def read_fineweb_edu(subset, position):
 def is_final(error):
     """Whether another try is of no use: the data set or the subset does not exist, or the client is set to offline."""
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         return status < 500 and status not in (408, 429)
-    return type(error) is ValueError or isinstance(error, DatasetNotFoundError | OfflineModeIsEnabled)
+    return HF_HUB_OFFLINE or type(error) is ValueError or isinstance(error, DatasetNotFoundError)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Tokenizers by name, all of them with the methods of a tiktoken.Encoding. tiktoken is imported only for those that
-need it."""
+"""Tokenizers by name, all of them with what our programs use of a tiktoken.Encoding. tiktoken is imported only for
+those that need it."""
 
 import base64
 import importlib.resources
@@ -11,7 +11,7 @@ from plumbing.command import UserError
 
 
 class Bytes:
-    """An id per byte and one for the end of text, with what our programs use of a tiktoken.Encoding."""
+    """An id per byte and one for the end of text."""
 
     n_vocab, eot_token = 257, 256
     _mergeable_ranks = {bytes([byte]): byte for byte in range(256)}

@@ -243,6 +243,10 @@ def test_data_that_do_not_fit_the_config(folder):
     with pytest.raises(UserError, match="too short for one sequence of 100 tokens"):
         open_data(config_of(folder, seq_len=100), print)
     (folder / "meta.json").unlink()
+    (folder / "meta.json.part").touch()
+    with pytest.raises(UserError, match="is not complete: the prepare_data.py command that began it continues it"):
+        open_data(config_of(folder), print)
+    (folder / "meta.json.part").unlink()
     write(folder / "x_val_000000.bin", [1])
     with pytest.raises(UserError, match="no validation tokens to predict"):
         open_data(config_of(folder), print)

@@ -82,7 +82,7 @@ TROUBLE = {
     "503": [(f"HEAD .*{SHA}", 503, 1), (SECOND, 503, 2)],
     "drop": [("/tree", "drop", 1), (FIRST, "drop", 2)],
     "cut": [(SECOND, "cut", 2), (THIRD, "cut", 1)],
-    "drops": [(THIRD, "drop", 40)],  # more than the client itself tries again
+    "drops": [(THIRD, "drop", 130)],  # more than the client itself tries again
     "429": [("GET /api", 429, 2), (SECOND, 429, 2)],
     "503 for the description": [("README.md", 503, 8)],  # which the client reports as a missing file
 }
@@ -91,7 +91,8 @@ TROUBLE = {
 @pytest.mark.parametrize("name", TROUBLE)
 def test_trouble_that_heals(hub, whole, tmp_path, name):
     hub.faults = list(TROUBLE[name])
-    prepare(hub, tmp_path / "out")
+    printed = prepare(hub, tmp_path / "out")
+    assert "trying again in 1 s" in printed or name != "drops"
     assert all(left == 0 for _, _, left in hub.faults)  # it was met
     assert contents(tmp_path / "out") == whole
 
@@ -105,6 +106,7 @@ def test_trouble_that_stays_and_a_second_start(hub, whole, tmp_path):
     written = contents(out, "*.bin")
     assert len(written) >= 7 and all(whole[name] == content for name, content in written.items())
 
+    assert "trying again" not in prepare(hub, out, status=2, HF_HUB_OFFLINE=True)
     hub.faults, hub.requests = [], []
     assert f"has {len(written)} shards" in prepare(hub, out) and contents(out) == whole
     # the client looks at the first file's columns; for its rows it would ask a second time
