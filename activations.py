@@ -151,8 +151,8 @@ def normal_cdf(x):
 
 
 def arctan(x):
-    """arctan(x)/π + ½, the gate of ATLU."""
-    return torch.atan(x) / math.pi + 0.5
+    """arctan(x)/π + ½, the gate of ATLU. As the angle of (−x, 1), it keeps the digits of the far negative tail."""
+    return torch.atan2(torch.ones_like(x), -x) / math.pi
 
 
 def softsign(x):

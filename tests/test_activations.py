@@ -115,7 +115,9 @@ def test_dtypes_and_gradients(name):
     assert len(scalars) == len(list(module.parameters())) and all(isinstance(value, float) for value in scalars)
 
 
-@pytest.mark.parametrize("name, x, expected", [("gglu", -10.0, 7.61985e-24), ("sssglu", -1e9, -0.5)])
+@pytest.mark.parametrize(
+    "name, x, expected", [("gglu", -10.0, 7.61985e-24), ("sssglu", -1e9, -0.5), ("aglu", -1e8, 1e-8 / math.pi)]
+)
 def test_gates_keep_their_far_tail(name, x, expected):
     y = ACTIVATIONS[name].module()(torch.tensor([x]), torch.ones(1))
     assert y.item() == pytest.approx(expected, rel=1e-4)

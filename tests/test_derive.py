@@ -160,6 +160,9 @@ def test_few_scalars():
     y = module(x)
     y.sum().backward()
     assert y.tolist()[:3] == [0.0, 0.0, 7.5] and x.grad.tolist()[:3] == [0.0, 0.0, 4.0] and y[3].isnan()
+    assert derive.main(["logarithm", "--positive=1/(x + c)", "--negative=1/c", "--fixed=c=2"]) == 0
+    y = get_activation("derived/logarithm.py").module()(torch.tensor([-2.0, 0.0, 2.0]))
+    assert y.tolist() == pytest.approx([-1.0, 0.0, math.log(2)])
     assert derive.main(["free", "--positive=2*a*x + b", "--negative=b*exp(x)", "--trained=a=0~,b=-0.5~"]) == 0
     module = get_activation("derived/free.py").module()
     assert module.effective() == {"a": 0.0, "b": -0.5}

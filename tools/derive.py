@@ -157,7 +157,7 @@ def integrate(gradient, size):
 
 def collected(formula):
     """The formula as a sum with one term for each scalar."""
-    return sympy.collect(sympy.expand_mul(formula), formula.free_symbols - {P, M})
+    return sympy.collect(sympy.expand_mul(formula), sorted(formula.free_symbols - {P, M}, key=str))
 
 
 def rows_of(gradients, integrals, trained):
@@ -212,7 +212,7 @@ def file_text(name, command, rows, shown, trained, fixed):
     _, positive, negative = shown[2]
     # a run knows its activation by this text
     formula = ", ".join([f"{positive} for x > 0", f"{negative} for x ≤ 0", *constants, *bounds])
-    constants = "\n".join(constants)
+    tensors = "".join(f"\n    {symbol} = p.new_full((), {number!r})" for symbol, number in fixed.items())
     return f'''"""{name}: the integral of a gradient, written by
 
     {command}
@@ -224,15 +224,13 @@ import torch
 
 from activations import Activation, Integral, fused
 
-{constants}
-
 
 def rows(x{names}):
     """f(x), f′(x), and ∂f/∂a for each trained scalar a, from p = max(x, 0) and m = max(−x, 0). They are computed in
     float64, so that what cancels near 0 leaves enough digits; for bfloat16, whose own rounding is coarser, and on
     Apple's GPUs, which have no float64, in float32."""
     dtype = torch.float32 if x.dtype.itemsize == 2 or x.device.type == "mps" else torch.float64
-    p, m{names} = (number.to(dtype) for number in (torch.relu(x), torch.relu(-x){names}))
+    p, m{names} = (number.to(dtype) for number in (torch.relu(x), torch.relu(-x){names})){tensors}
     return (
         {lines}
     )
