@@ -22,7 +22,7 @@ def wandb(monkeypatch):
     def init(id, **_):
         run = Mock(id=id or f"run{next(numbers)}")
         steps = client.sent.setdefault(run.id, {})
-        run.log = lambda values, step: steps.setdefault(step, {}).update(values)
+        run.log = lambda values: steps.setdefault(values["step"], {}).update(values)
         return run
 
     client.init.side_effect = init

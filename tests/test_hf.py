@@ -298,3 +298,5 @@ def test_a_model_of_others(tmp_path, capsys):
         logits = transformers.AutoModelForCausalLM.from_pretrained(again)(tokens).logits
     assert torch.allclose(logits, model(tokens).logits, atol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(again)(TEXT)["input_ids"] == tokenizer.encode(TEXT).ids
+    exported = json.loads((again / "config.json").read_text())
+    assert exported["eos_token_id"] == 0 and exported["bos_token_id"] is None  # which theirs may not be

@@ -120,6 +120,21 @@ def test_it_ends_where_the_model_ends_it(trained, capsys, monkeypatch):
     assert written(capsys, trained, "--prompt=x") == "xAüB\n"
 
 
+def test_a_tokenizer_that_drops_a_first_space(tmp_path, capsys, monkeypatch):
+    """As Llama 2's does, of whatever it decodes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"▁Once": 0, "▁upon": 1, "▁a": 2, "▁time": 3}, "▁a")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.save(f"{tmp_path}/tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    model = tiny()
+    monkeypatch.setattr(sample, "load_run", lambda *_: (model, model.config, None))
+    monkeypatch.setattr(sample, "choose", lambda *_: 3)
+    assert written(capsys, tmp_path, "--prompt=Once upon a", "--tokens=1") == "Once upon a time\n"
+
+
 MISTAKES = [
     (".", "has no ckpt.pt"),
     ("out --tokens=0", "at least 1"),

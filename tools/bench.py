@@ -5,11 +5,12 @@
     python -m tools.bench plan --gpus=8    compute the memory and hours of a run, without a GPU
 
 The default is configs/xielu_1b.py; keys are those of train.py. On a CPU, `kernel` takes fewer rows: 16.8 million
-elements. `step --n_layers=1 --vocab_size=64` times one layer; tools/gpu.sh runs all of this on a GPU. Besides the keys
-of train.py there are
+elements. `step --n_layers=1 --vocab_size=64` times one layer; tools/gpu.sh runs kernel and step on a GPU. Besides the
+keys of train.py there are
 
     --seconds=0.3                    (kernel, step) how long each is called to warm up, and then in each of five turns
-    --gpus=8 --gpu=H100 --mfu=0.4    (plan) how many of which, and the share of its peak that they reach
+    --gpus=8 --gpu=H100 --mfu=0.4    (plan) how many of which, and the share of its peak that they reach; the logits are
+                                     divided as on a GPU of 80 GB
 """
 
 import math

@@ -5,8 +5,8 @@
 
 It waits for what the run has yet to write, and ends when the run is finished, or with Ctrl-C. Started again, it
 continues (W&B) or sends all again (TensorBoard). If the run went back to a checkpoint, so that its log lacks what was
-sent, W&B gets a new run, next to the old one; TensorBoard forgets the old points. This tool reads config.json and
-log.jsonl, and nothing else; train.py knows nothing of it.
+sent, W&B gets a new run, next to the old one; TensorBoard forgets the old points. Of train.py's files this tool
+reads config.json and log.jsonl alone; train.py knows nothing of it.
 """
 
 import json
@@ -66,8 +66,11 @@ def to_wandb(out, config, records):
         hint = "run `wandb login` once, or set WANDB_MODE=offline"
         raise UserError(f"W&B does not start a run ({error}): {hint}") from None
 
+    # Not as W&B's own step: a run that continues there would refuse the step that was its last
+    run.define_metric("*", step_metric="step")
+
     def send(record):
-        run.log(scalars(record), step=record["step"])
+        run.log(scalars(record) | {"step": record["step"]})
         path.write_text(json.dumps([run.id, record]), "utf-8")
 
     return send, count

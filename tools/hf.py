@@ -94,7 +94,9 @@ def hf_config(config, end_of_text, tokenizer):
         # mlx-lm refuses an Apertus model without these
         "qk_norm": config.qk_norm,
         **dict.fromkeys(("post_norm", "attention_bias", "mlp_bias"), False),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text),
+        "eos_token_id": end_of_text,
+        # with ours it also begins documents; what a tokenizer of others begins with, its own files say
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), end_of_text if tokenizer else None),
         "dtype": "float32",
         "nanoxielu_tokenizer": tokenizer,
         "nanoxielu_config": {name: value for name, value in vars(config).items() if name not in (*PLACE, "data")},

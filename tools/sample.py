@@ -176,7 +176,8 @@ def write_texts(options):
         if number:
             print("-" * 40)
         print(options.prompt, end="", flush=True)
-        tokens, printed = [], 0
+        # decoded together with the prompt, since some tokenizers drop the space before a text's first word
+        tokens, printed = list(start), len(decode(start))
         for token in generate(model, start, options.tokens, options.temperature, options.top_k, generator):
             if token == end:
                 break
