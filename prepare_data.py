@@ -177,7 +177,7 @@ def parse(argv):
     if not all(2 <= size < 2**31 for size in (args.val_tokens or 2, args.shard_tokens)):
         raise UserError(f"--val_tokens and --shard_tokens must be at least 2 and below {2**31}")
     if args.tokens and args.val_tokens and args.tokens < args.val_tokens + 2:
-        raise UserError("--tokens is for both splits: make it larger than --val_tokens")
+        raise UserError("--tokens is for both splits: make it at least 2 more than --val_tokens")
     args.tokenizer = args.tokenizer or ("bytes" if args.source == "stdlib" else "gpt2")
     stem = re.sub(r"\W+", "-", Path(args.source).name.split(".")[0]).strip("-")
     args.out = Path(args.out or f"data/{stem or 'text'}").resolve()

@@ -8,7 +8,7 @@ or, if you have no network but Debian's packages (our results are from it):
 apt-get download dict-gcide && dpkg -x dict-gcide_*.deb gcide && zcat gcide/usr/share/dictd/gcide.dict.dz > gcide.txt
 python prepare_data.py gcide.txt --documents=paragraphs --tokenizer=bytes --out=data/english
 
-docs/compare.md explains our comparison; each results/*/results.md has its command.
+docs/compare.md explains our comparison; results/ladder/results.md has its command.
 """
 
 from configs.demo import *  # noqa: F403

@@ -254,6 +254,9 @@ def open_data(config, say):
     the same from the beginning of a run to its end; the folder's path is not, so that a run can resume after its data
     have moved. say(text) shows the user a note. UserError if the data do not fit the config."""
     meta = read_meta(config.data)
+    if not meta and (part := Path(config.data) / "meta.json.part").exists():
+        hint = f"the prepare_data.py command that began it continues it; to train on what is there, delete {part}"
+        raise UserError(f"{config.data} is not complete: {hint}")
     if meta and meta["vocab_size"] > config.vocab_size:
         made_with = f"{config.data} was tokenized with {meta['tokenizer']} ({meta['vocab_size']} ids)"
         raise UserError(f"{made_with}, more than vocab_size={config.vocab_size}: {SMALLER_IDS}")
@@ -263,8 +266,6 @@ def open_data(config, say):
         raise UserError(f"{config.data} is too short for one sequence of {config.seq_len} tokens: lower seq_len")
     if max(shard.tokens for shard in validation.shards) < 2:
         raise UserError(f"{config.data} has no validation tokens to predict: prepare it with a larger --val_tokens")
-    if meta is None and (Path(config.data) / "meta.json.part").exists():
-        raise UserError(f"{config.data} is not complete: the prepare_data.py command that began it continues it")
     if meta is None:
         say(f"note: {config.data} has no meta.json, so bits per byte are not known")
     elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":

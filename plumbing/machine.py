@@ -210,7 +210,8 @@ def join_processes(device, run):
     """Connect to the other processes; UserError unless `run` (folder, dtype, steps) is the same on all.
 
     torchrun's store survives a restart, with the addresses of dead processes in it, so each attempt gets a part of the
-    store to itself. (Several nodes count their restarts apart: docs/running.md has them use a new store each time.)
+    store to itself. (Each node counts only its own restarts, so docs/running.md has several nodes make a new store each
+    time.)
     """
     if WORLD == 1:
         return

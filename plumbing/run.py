@@ -268,7 +268,8 @@ class Run:
             began = read_about(self.out)["config"]
         except UserError:
             return False
-        return began == vars(config) | {"dtype": began.get("dtype")}
+        taken = {"dtype": began.get("dtype")} if config.dtype == "auto" else {}
+        return began == vars(config) | taken
 
     def note_extension(self, before):
         """Say so if a run is extended whose learning rate had begun to fall, as the config `before` says."""

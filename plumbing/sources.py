@@ -224,6 +224,7 @@ def read_fineweb_edu(subset, position):
 
 def is_final(error):
     """Whether another try is of no use: the data set or the subset does not exist, or the client is set to offline."""
+    from datasets.config import HF_DATASETS_OFFLINE
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError
@@ -231,7 +232,9 @@ def is_final(error):
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
         return status < 500 and status not in (408, 429)
-    return HF_HUB_OFFLINE or type(error) is ValueError or isinstance(error, DatasetNotFoundError)
+    if HF_HUB_OFFLINE or HF_DATASETS_OFFLINE:
+        return True
+    return type(error) is ValueError or isinstance(error, DatasetNotFoundError)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_dry_run(config, tmp_path, capsys, monkeypatch):
     threads = [torch.get_num_threads()]
     assert compare.main([*grid, "--jobs=2"]) == 0
     torch.set_num_threads(threads[0])
-    assert threads[1] == max(1, threads[0] // 2)  # it is timed with the threads of one run
+    assert threads[1] == max(1, threads[0] // 2)  # it is timed with the threads of one process
     capsys.readouterr()
     assert re.match(r"swiglu-seed=2 +[\d,]+ parameters +[\d,]+ FLOPs per token +20,480 tokens$", lines[5])
     assert not (tmp_path / "out").exists()

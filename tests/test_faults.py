@@ -490,7 +490,8 @@ def test_a_restart_by_torchrun_resumes_what_the_command_began(config, out, monke
     """And not the run because of which the command was refused."""
     here(config, "--max_steps=8")
     monkeypatch.setattr("plumbing.run.RESTARTS", 1)
-    assert f"{out} already holds a run" in error(capsys, config, "--max_steps=8", "--lr=1e-4")
+    for other in ("--lr=1e-4", "--dtype=bfloat16"):
+        assert f"{out} already holds a run" in error(capsys, config, "--max_steps=8", other)
     assert "is finished: step 8 of 8" in here(config, "--max_steps=8")
 
 

@@ -515,7 +515,7 @@ def test_mistakes(jsonl, tmp_path, capsys):
         ("--tokens: must be a whole number of at least 1", jsonl, "--tokens=many"),
         ("at least 2 and below 2147483648", jsonl, "--shard_tokens=3e9"),
         ("at least 2 and below 2147483648", jsonl, "--val_tokens=1"),
-        ("make it larger than --val_tokens", jsonl, "--val_tokens=10", "--tokens=11"),
+        ("make it at least 2 more than --val_tokens", jsonl, "--val_tokens=10", "--tokens=11"),
         ("--tokkens", jsonl, "--tokkens=5"),
         ("a.md/x cannot be a folder", jsonl, f"--out={tmp_path}/a.md/x", "--tokenizer=bytes"),
     ]:

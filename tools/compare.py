@@ -562,7 +562,7 @@ def compare(argv):
     device = pick_device(plan[0].config.device)
     at_once = places(options.jobs, world, device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(int(at_once[0]["OMP_NUM_THREADS"]))  # what is timed here has the threads of one run
+        torch.set_num_threads(int(at_once[0]["OMP_NUM_THREADS"]))  # what is timed here has the threads of one process
     if tuning:
         print_grid(tuning)
         print(f"then, each with its best {key}:")

@@ -176,8 +176,9 @@ def write_texts(options):
         if number:
             print("-" * 40)
         print(options.prompt, end="", flush=True)
-        # decoded together with the prompt, since some tokenizers drop the space before a text's first word
-        tokens, printed = list(start), len(decode(start))
+        # decoded after the end of the prompt, since some tokenizers drop the space before a text's first word
+        tokens = start[-config.seq_len :]
+        printed = len(decode(tokens))
         for token in generate(model, start, options.tokens, options.temperature, options.top_k, generator):
             if token == end:
                 break
