@@ -1,32 +1,38 @@
+"""What all tests share. It imports torch late: pytest-xdist loads this file once more, before it starts its workers."""
+
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import prepare_data  # noqa: E402
-import xielu  # noqa: E402
-from runs import TINY  # noqa: E402
-from train import Config  # noqa: E402
-
-# Beyond this many variants of one function torch.compile runs it uncompiled, and a test of compiled code tests nothing.
-torch._dynamo.config.recompile_limit = 100
+# A shell that starts the tests in the background has them, and all programs that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def compile_again():
     """train.main --compile=False clears a switch of this process, which the next test must not inherit."""
+    import torch
+
+    import xielu
+
     xielu.COMPILE = True
+    # Beyond this many variants of one function torch.compile runs it uncompiled, and a test of compiled code tests
+    # nothing
+    torch._dynamo.config.recompile_limit = 100
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of shards: train.py, byte by byte."""
+    import prepare_data
+
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text((ROOT / "train.py").read_text())
     assert prepare_data.main([f"{folder}/text.txt", "--tokenizer=bytes", f"--out={folder}/bytes"]) == 0
@@ -41,6 +47,8 @@ def out(tmp_path):
 @pytest.fixture
 def config(tmp_path, corpus, out):
     """A config file of a tiny run, whose folder is `out`."""
+    from runs import TINY
+
     path = tmp_path / "tiny.py"
     path.write_text(TINY + f'data = "{corpus}"\nout = "{out}"\n')
     return path
@@ -49,6 +57,7 @@ def config(tmp_path, corpus, out):
 @pytest.fixture
 def fake_run(tmp_path):
     """A function that writes the folder of a finished run, as train.py would have, with these validation losses."""
+    from train import Config
 
     def write(activation, seed, losses, scalars=None, folder=None, **keys):
         folder = tmp_path / (folder or f"{activation}-seed={seed}")

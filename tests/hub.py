@@ -64,7 +64,8 @@ class Hub(http.server.ThreadingHTTPServer):
 
     @property
     def environment(self):
-        return {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}", "NO_PROXY": "127.0.0.1"}
+        return endpoint | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def name_of(self, path):
         return path.relative_to(self.folder).as_posix()

@@ -16,6 +16,7 @@ import pytest
 import prepare_data
 import train
 import xielu
+from plumbing import machine
 from runs import ROOT
 from test_compare import in_this_process, rows_of
 from tools import bench, compare
@@ -40,7 +41,7 @@ COMMANDS = [
 ]
 COMMANDS = [command for command in COMMANDS if re.match(r"(srun [-=a-z]+ )?(python3?|torchrun|pip|uv) ", command)]
 SMALL = "--max_steps=2 --warmup_steps=0 --decay_steps=0 --eval_every=1 --eval_tokens=500 --log_every=1 --compile=False"
-SMALL = SMALL.split()
+SMALL = [*SMALL.split(), "--tokens_per_step=256", "--micro_batch_size=1"]
 
 
 def words_of(program):
@@ -53,6 +54,7 @@ def elsewhere(tmp_path, monkeypatch):
     """The folder of the test, with the configs in it, is where its commands run."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "linear_speed", lambda dtype: 1e11)
     return tmp_path
 
 
@@ -78,7 +80,9 @@ def test_training_commands(elsewhere):
 
 
 def test_preparing_commands():
-    assert all(prepare_data.parse(words) for words in words_of("prepare_data.py"))
+    assert (found := words_of("prepare_data.py"))
+    for words in found:
+        prepare_data.parse(words)
 
 
 def test_bench_commands(elsewhere):
@@ -86,8 +90,6 @@ def test_bench_commands(elsewhere):
     assert {words[0] for words in found} == {"kernel", "step", "plan"}
     for words in found:
         assert bench.read_options(words)
-        if words[0] == "plan":
-            assert bench.main(words) == 0
 
 
 def test_compare_commands(elsewhere, capsys):

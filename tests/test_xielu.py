@@ -43,9 +43,10 @@ def closed_form(x, raw_p, raw_n, beta=0.5):
     x = x.double().numpy()
     positive, negative = np.maximum(x, 0), np.minimum(x, 0)
     alpha_p, alpha_n = np.logaddexp(0, raw_p), beta + np.logaddexp(0, raw_n)
-    value = np.where(x > 0, alpha_p * positive**2, alpha_n * remainder(negative)), beta * x
+    rest = remainder(negative)
+    value = np.where(x > 0, alpha_p * positive**2, alpha_n * rest), beta * x
     slope = np.where(x > 0, 2 * alpha_p * positive, alpha_n * np.expm1(negative)), np.full_like(x, beta)
-    return value, slope, positive**2 / (1 + np.exp(-raw_p)), remainder(negative) / (1 + np.exp(-raw_n))
+    return value, slope, positive**2 / (1 + np.exp(-raw_p)), rest / (1 + np.exp(-raw_n))
 
 
 def computed(function, x, raw=START, beta=0.5, grad=None):
