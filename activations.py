@@ -319,8 +319,7 @@ def check_activation(name, width, compiles):
             if not isinstance(value, int | float):
                 raise TypeError(f"effective() has a {type(value).__name__} as {label!r}: return numbers, by .item()")
     except Exception as error:
-        where = f"activation {short_name(name)}{at}"
-        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"activation {short_name(name)}{at}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def curve(module, x, gated=False):

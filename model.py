@@ -272,10 +272,8 @@ def chunk_rows(rows, vocab_size, gpu_memory=None):
     """How many of the rows of logits the loss computes at once: as many as LOGITS_AT_ONCE allows or, given the bytes of
     a GPU's memory, an eighth of it in bfloat16. They divide `rows`: one compilation serves equal chunks."""
     limit = LOGITS_AT_ONCE if gpu_memory is None else gpu_memory // 16
-    chunks = max(1, math.ceil(rows * vocab_size / limit))
-    while chunks < rows and rows % chunks:
-        chunks += 1
-    return max(1, rows // chunks)
+    most = int(max(1, min(rows, limit // vocab_size)))
+    return next(size for size in range(most, 0, -1) if rows % size == 0)
 
 
 def chunk_loss(x, weight, targets):

@@ -94,12 +94,9 @@ class Stream:
 
     def more(self):
         """Whether there are more tokens. Reads the next batch if the current one is used up."""
-        if self.used >= len(self.tokens):
-            batch = next(self.encoded, None)
-            if batch is None:
-                return False
+        if self.used >= len(self.tokens) and (batch := next(self.encoded, None)):
             (self.position, self.tokens), self.used = batch, 0
-        return True
+        return self.used < len(self.tokens)
 
     def take(self, count):
         """Yield arrays of `count` tokens together, or of all that are left."""
@@ -202,8 +199,8 @@ def fill(args, read, encoding, state, skipped):
         if sizes["val"] is None and not state["shards"]:
             encoded, found = look_ahead(encoded, min(10 * MOST_VAL_TOKENS, sizes["all"]))
             sizes["val"] = found // 10
-        stream = Stream(encoded, state["used"])  # it begins in the batch in which the last complete shard ended
-        write_shards(stream, args.out, encoding, sizes, state, bar)
+        # the stream begins in the batch in which the last complete shard ended
+        write_shards(Stream(encoded, state["used"]), args.out, encoding, sizes, state, bar)
 
 
 def prepare(argv):

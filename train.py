@@ -27,7 +27,7 @@ from activations import check_activation, facts_of
 from model import IGNORE, Llama, ModelConfig
 from plumbing import machine
 from plumbing.command import UserError, format_seconds, program
-from plumbing.config import check_divides, key
+from plumbing.config import key
 from plumbing.data import bits_per_byte, open_data, prefetched, validation_batches
 from plumbing.machine import RANK, WORLD, say
 from plumbing.run import Run
@@ -89,13 +89,10 @@ class Config(ModelConfig):
         for name, least in (("warmup_steps", 0), ("decay_steps", 0), ("eval_every", 1)):
             value = getattr(self, name)
             steps[name] = max(least, round(value * steps["max_steps"] if value < 1 else value))
-        for name, value in steps.items():
-            object.__setattr__(self, name, value)  # the way to set a field of a frozen dataclass
+        vars(self).update(steps)  # the way to set fields of a frozen dataclass
         if self.warmup_steps + self.decay_steps > self.max_steps:
-            raise UserError(
-                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} do not fit into "
-                f"max_steps={self.max_steps}: lower them, or raise max_steps"
-            )
+            phases = f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps}"
+            raise UserError(f"{phases} do not fit into max_steps={self.max_steps}: lower them, or raise max_steps")
 
     @classmethod
     def read_command(cls, argv):
@@ -106,8 +103,18 @@ class Config(ModelConfig):
         return from_file, options
 
     def check_batch(self, processes):
-        """UserError, with values that would divide, unless tokens_per_step is whole micro-batches on each process."""
-        check_divides(self.tokens_per_step, self.micro_batch_size, self.seq_len, processes)
+        """UserError, with an option that helps, unless tokens_per_step is whole micro-batches on each process."""
+        sequences, rest = divmod(self.tokens_per_step, self.seq_len * processes)  # sequences on each process
+        if rest:
+            micro_batch = self.seq_len * processes * self.micro_batch_size
+            hint = f"--tokens_per_step={micro_batch * max(1, round(self.tokens_per_step / micro_batch))}"
+        elif sequences % self.micro_batch_size:
+            fits = next(size for size in range(min(self.micro_batch_size, 1024), 0, -1) if sequences % size == 0)
+            hint = f"--micro_batch_size={fits}"
+        else:
+            return
+        batches = f"micro_batch_size={self.micro_batch_size} sequences of {self.seq_len} on {processes} process(es)"
+        raise UserError(f"tokens_per_step={self.tokens_per_step} does not divide into {batches}: use {hint}")
 
 
 def train(argv):
@@ -196,8 +203,7 @@ def train(argv):
     # The last weights: save them, then evaluate
     if run.saved != end:
         run.save(end, model, optimizers)
-    values = evaluate(model, validation, meta, config, device)
-    if not values:
+    if not (values := evaluate(model, validation, meta, config, device)):
         return run.stopped(end)
     run.log("val", end, **values)
     if RANK == 0 and (run.unwritten or run.saved != end):
@@ -223,11 +229,9 @@ def check_memory(config, device):
 
 def introduce(model, config, device, dtype):
     """Say what is trained on what."""
-    say(
-        f"{config.activation}: {model.num_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token, "
-        f"{config.tokens_per_step:,} tokens per step, {WORLD} process(es) on {machine.device_name(device)} "
-        f"in {str(dtype)[6:]}, {machine.attention_backend(config, device, dtype)} attention"
-    )
+    size = f"{config.activation}: {model.num_parameters():,} parameters, {model.flops_per_token():,} FLOPs per token"
+    work = f"{config.tokens_per_step:,} tokens per step, {WORLD} process(es) on {machine.device_name(device)}"
+    say(f"{size}, {work} in {str(dtype)[6:]}, {machine.attention_backend(config, device, dtype)} attention")
 
 
 def make_optimizers(model, config):
@@ -238,11 +242,9 @@ def make_optimizers(model, config):
     matrices = model.matrices() if config.optimizer == "muon" else []
     apart = {id(weight) for weight in scalars + matrices}
     others = [weight for weight in model.parameters() if id(weight) not in apart]
-    groups = [
-        {"params": others, "weight_decay": config.weight_decay, "lr_factor": 1.0},
-        {"params": scalars, "weight_decay": 0.0, "lr_factor": config.alpha_lr},
-    ]
-    optimizers = [torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, fused=True)]
+    decayed = {"params": others, "weight_decay": config.weight_decay, "lr_factor": 1.0}
+    undecayed = {"params": scalars, "weight_decay": 0.0, "lr_factor": config.alpha_lr}
+    optimizers = [torch.optim.AdamW([decayed, undecayed], betas=(config.beta1, config.beta2), eps=1e-8, fused=True)]
     if matrices:
         group = {"params": matrices, "weight_decay": config.weight_decay, "lr_factor": 1.0}
         optimizers.append(torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw"))

@@ -4,6 +4,7 @@ The file is executed, so it can import another one. Until the values are complet
 object of `Keys` is valid.
 """
 
+import contextlib
 import difflib
 import math
 import runpy
@@ -33,23 +34,6 @@ def check_limits(name, value, low=-math.inf, below=math.inf, most=math.inf, choi
         limits += f" and below {below}" if below < math.inf else ""
         limits += f" and at most {most}" if most < math.inf else ""
         raise UserError(f"{name} must be {limits}, not {value}")
-
-
-def check_divides(tokens_per_step, micro_batch_size, seq_len, processes):
-    """UserError, with an option that helps, unless tokens_per_step is whole micro-batches on each process."""
-    sequences, rest = divmod(tokens_per_step, seq_len * processes)  # sequences on each process
-    if rest:
-        micro_batch = seq_len * processes * micro_batch_size
-        hint = f"--tokens_per_step={micro_batch * max(1, round(tokens_per_step / micro_batch))}"
-    elif sequences % micro_batch_size:
-        fits = next(size for size in range(min(micro_batch_size, 1024), 0, -1) if sequences % size == 0)
-        hint = f"--micro_batch_size={fits}"
-    else:
-        return
-    raise UserError(
-        f"tokens_per_step={tokens_per_step} does not divide into micro_batch_size={micro_batch_size} "
-        f"sequences of {seq_len} on {processes} process(es): use {hint}"
-    )
 
 
 class Keys:
@@ -125,10 +109,8 @@ class Keys:
         for name in cls.FIXED:
             # Of a path, the name alone counts: an activation's file may move. What it computes is compared later.
             if name in changes and Path(str(changes[name])).name != Path(str(saved["config"][name])).name:
-                raise UserError(
-                    f"--resume cannot change {name} from {saved['config'][name]!r} to {changes[name]!r}: "
-                    f"leave it out, or start a new run with another --out"
-                )
+                change = f"{name} from {saved['config'][name]!r} to {changes[name]!r}"
+                raise UserError(f"--resume cannot change {change}: leave it out, or start a new run with another --out")
         return cls(**(from_file | saved["config"] | changes))
 
     @classmethod
@@ -140,7 +122,7 @@ class Keys:
 
 def typed(name, kind, value):
     """A value in the type `kind` of its key; UserError if it has none."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         if kind is str and isinstance(value, str) and "\0" not in value:
             return value
         if kind is bool:
@@ -149,6 +131,4 @@ def typed(name, kind, value):
             number = float(value)
             if math.isfinite(number) and (kind is float or number.is_integer()):
                 return kind(number)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        pass
     raise UserError(f"{name} must be {KINDS[kind]}, not {value!r}")

@@ -223,8 +223,7 @@ def prefetched(function, items, workers=1):
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def validation_batches(corpus, max_tokens, size, ignore, rank=0, world=1):
@@ -270,10 +269,6 @@ def open_data(config, say):
         say(f"note: {config.data} has no meta.json, so bits per byte are not known")
     elif config.eval_tokens < meta["splits"]["val"]["tokens"] and meta["tokenizer"] != "bytes":
         say("note: eval_tokens covers a part of the validation split: bits per byte use its mean bytes per token")
-    facts = {
-        "tokenizer": meta["tokenizer"] if meta else None,
-        "order of batches": ORDER_VERSION,
-        "training shards": content_hash(corpus.shards),
-        "validation shards": content_hash(validation.shards),
-    }
+    facts = {"tokenizer": meta["tokenizer"] if meta else None, "order of batches": ORDER_VERSION}
+    facts |= {"training shards": content_hash(corpus.shards), "validation shards": content_hash(validation.shards)}
     return corpus, validation, meta, facts

@@ -12,16 +12,14 @@ except ImportError:  # Windows
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary file and rename it to `path`, so that a file of this name is always complete.
-    Returns what write returns."""
+    """Call write(file) on a temporary file and rename it to `path`, so that a file of this name is always complete."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            result = write(file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        return result
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

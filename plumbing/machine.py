@@ -195,11 +195,8 @@ def is_cut_off(library):
 def git_commit():
     """The commit of this code, followed by "-dirty" if files differ from it; None outside a git checkout."""
     describe = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    try:
-        done = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() or None
-    except OSError:  # git is not installed
-        return None
+    with contextlib.suppress(OSError):  # git is not installed
+        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
 
 
 # ---------------------------------------------------------------------------------------------------------------

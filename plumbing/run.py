@@ -1,6 +1,7 @@
 """The folder of a run: config.json, log.jsonl, and ckpt.pt, the newest checkpoint. One process writes to it. Nothing
 but the last line of the log is ever half written."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -85,8 +86,8 @@ def fill(checkpoint, out, model, optimizers=()):
             for number, state in kept.items():
                 like = {name: STEP if name == "step" else weights[number] for name in KEPT[type(optimizer)]}
                 check_tensors(state, like)
-            groups = optimizer.state_dict()["param_groups"]  # those of this config, which may have changed
-            optimizer.load_state_dict({"state": kept, "param_groups": groups})
+            # the parameter groups stay those of this config, which may have changed
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
     except Exception as error:
         hint = "choose another --out to start over"
         raise UserError(f"the checkpoint in {out} does not fit its config ({first_line(error)}): {hint}") from None
@@ -136,12 +137,10 @@ def read_log(path, step=math.inf):
     """The records of a log up to `step`. Lines that are not records, such as a torn last one, are left out."""
     records = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             record = json.loads(line)
             if record["kind"] in ("train", "val", "bad") and record["step"] <= step:
                 records.append(record)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
     return records
 
 
@@ -182,10 +181,8 @@ def check_facts(began, now, out):
             return False
 
     if changed := [name for name, fact in now.items() if not same(fact, began.get(name, fact))]:
-        raise UserError(
-            f"{', '.join(changed)} changed since the run in {out} began: restore what it began with, or start a new "
-            f"run with another --out"
-        )
+        hint = "restore what it began with, or start a new run with another --out"
+        raise UserError(f"{', '.join(changed)} changed since the run in {out} began: {hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -302,9 +299,8 @@ class Run:
                 go_back(self.out, self.back_to)
             origin = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
             origin |= {"device": device_name(device), "commit": git_commit()}
-            about = self.about | {"origin": origin}
             lines = "".join(json.dumps(record) + "\n" for record in self.records)
-            write_json(self.out / "config.json", about)
+            write_json(self.out / "config.json", self.about | {"origin": origin})
             write_atomically(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
             self.log_file = open(self.out / "log.jsonl", "ab", buffering=0)
 
@@ -368,9 +364,7 @@ class Run:
             words.append(f"{format_seconds(self.seconds)} elapsed, {format_seconds(left)} left")
         words += ["spike"] if "spike" in values else []
         text = "  ".join(words)
-        if kind == "bad":
-            return f"{text}: not finite, update left out"
-        return f"val {text}" if kind == "val" else text
+        return {"train": text, "val": f"val {text}", "bad": f"{text}: not finite, update left out"}[kind]
 
     def stopped(self, step):
         """Say where a signal stopped the run; returns the exit status."""

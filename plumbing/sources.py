@@ -214,8 +214,7 @@ def read_fineweb_edu(subset, position):
             return
         except Exception as error:
             if is_final(error) or failures == len(PATIENCE):
-                reason = first_line(error)[:200]
-                failure = f"FineWeb-Edu ({subset}) could not be read from Hugging Face ({reason})"
+                failure = f"FineWeb-Edu ({subset}) could not be read from Hugging Face ({first_line(error)[:200]})"
                 raise UserError(f"{failure}: start again to continue, or give your own texts or stdlib") from None
             print(f"{type(error).__name__}: trying again in {PATIENCE[failures]} s", file=sys.stderr)
             time.sleep(PATIENCE[failures])
@@ -244,9 +243,8 @@ def open_source(name, subset, documents, key, skipped):
     """What a command line names, as (name for meta.json, fingerprint, read). read(position, or None for the beginning)
     yields (position, documents). The fingerprint changes when files on this machine do. What cannot be used is noted in
     `skipped`. UserError if there is no such source, or an option is of no use for it."""
-    if name == "fineweb-edu":
-        files = []
-    else:
+    files = []
+    if name != "fineweb-edu":
         files = stdlib_files() if name == "stdlib" else find_files(name, skipped)
     kinds = {kind(path) for path in files}
     if subset and name != "fineweb-edu":

@@ -1,6 +1,7 @@
 """A folder of shards that is being written: it has a meta.json once all of them are there, and until then a
 meta.json.part that says how far they are."""
 
+import contextlib
 import json
 
 from plumbing.command import UserError
@@ -35,7 +36,7 @@ def examine(out, settings, fingerprint):
         if any(out.glob("*.bin")):
             raise UserError(f"{out} already holds shards from elsewhere: {REMEDY}")
         return fresh
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # a damaged file
         state = json.loads(unfinished.read_text("utf-8"))
         if not state["shards"]:
             return fresh
@@ -43,6 +44,4 @@ def examine(out, settings, fingerprint):
         whole = state.keys() == fresh.keys() and type(state["used"]) is int and sum(actual_tokens) == written(state)
         if whole and all(state[key] == fresh[key] for key in ("settings", "fingerprint")):
             return state
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        pass  # a damaged file
     raise UserError(f"{out} holds unfinished data whose settings, source or shards have changed: {REMEDY}")
