@@ -50,7 +50,6 @@ from plumbing.run import check_facts, median_speed
 from tools import intervals, plot
 from tools.archive import read_run, write_archive
 from tools.intervals import MOST_SEEDS, seeds_for, smallest_difference
-from tools.plot import BUDGETS, label_of
 from train import BAD_STEPS, Config
 
 # A larger spread of parameters, (most − fewest) / fewest, would make it a comparison of sizes
@@ -80,7 +79,7 @@ class Run:
 
     @property
     def row(self):
-        return label_of(self.case)
+        return plot.label_of(self.case)
 
     @property
     def tokens(self):
@@ -109,7 +108,7 @@ def read_grid(argv, out, world, key=None):
         keys = from_file | options
         case = {"activation": short_name(keys["activation"])} | {name: keys[name] for name in varied}
         tuned = {key: keys[key]} if key else {}
-        folder = file_name(f"{label_of(case | tuned)} seed={keys['seed']}")
+        folder = file_name(f"{plot.label_of(case | tuned)} seed={keys['seed']}")
         if folder in runs:
             raise UserError(f"{folder} is given twice: give each value of a list once")
         config = Config(**(keys | {"out": f"{out}/{folder}", "resume": True}))
@@ -140,7 +139,7 @@ def share_dtype(runs, argv):
 
 
 def read_tune(text, argv):
-    """(key, its values, sorted) of --tune; UserError if it cannot be tuned."""
+    """(key, [the argument that gives its values, sorted]) of --tune; UserError if it cannot be tuned."""
     key, _, values = text.partition("=")
     if type(Config.defaults().get(key)) not in (int, float) or key == "seed":
         raise UserError(f"--tune={text}: give the values of a key that is a number, as in --tune=lr=1e-3,2e-3,4e-3")
@@ -149,7 +148,7 @@ def read_tune(text, argv):
     values = sorted(Config.typed({key: value}, "in --tune")[key] for value in values.split(","))
     if len(values) < 2 or len(set(values)) < len(values) or values[0] <= 0:
         raise UserError(f"--tune={text}: give two or more values above 0, each of them once")
-    return key, values
+    return key, [f"--{key}={','.join(map(str, values))}"]
 
 
 def file_name(text):
@@ -260,10 +259,8 @@ def run_all(runs, places, world, lock, start, later=()):
                 running[run] = launch(run, world, place, lock), place, time.monotonic()
                 print(f"{titles[run]}: started; its output goes to {run.out}/output.txt", flush=True)
             time.sleep(0.1)
-            for run, (process, place, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[run]
+            for run in [run for run, (process, *_) in running.items() if process.poll() is not None]:
+                process, place, began = running.pop(run)
                 free.append(place)
                 took, elapsed = time.monotonic() - began, time.monotonic() - start
                 flops = sum(other.flops for other in [*waiting, *running, *later] if not outcome(other))
@@ -325,7 +322,7 @@ def tuned_losses(key, runs, failed):
 def tuned_row(run, up_to):
     """The name of the row whose tuned value a run takes: its own, or that of the longest run that is tuned."""
     length = run.case.get("tokens_per_parameter", math.inf)
-    return label_of(run.case | {"tokens_per_parameter": up_to}) if up_to and length > up_to else run.row
+    return plot.label_of(run.case | {"tokens_per_parameter": up_to}) if up_to and length > up_to else run.row
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -343,12 +340,12 @@ def summarize(runs):
     alike; if there is one activation, it has the first value of each key but the length."""
     first = runs[0].case
     several = any(run.case["activation"] != first["activation"] for run in runs)
-    replaced = {"activation"} if several else first.keys() - set(BUDGETS)
+    replaced = {"activation"} if several else first.keys() - set(plot.BUDGETS)
     of_reference = {name: first[name] for name in replaced}
     groups = {}
     for run in runs:
         if (result := outcome(run)) and math.isfinite(result["loss"]):
-            group = groups.setdefault(label_of(run.case | of_reference), {})
+            group = groups.setdefault(plot.label_of(run.case | of_reference), {})
             group.setdefault(run.row, {})[run.config.seed] = run, result
     rows, notes = [], []
     for reference, group in groups.items():
@@ -369,24 +366,20 @@ def compare_rows(reference, group):
         seeds = [seed for seed in by_seed if seed in everywhere or not compared]
         runs, results = zip(*(by_seed[seed] for seed in seeds))
         losses = [result["loss"] for result in results]
-        rows.append(
-            {
-                "name": name,
-                **runs[0].case,
-                **runs[0].tuned,
-                "tokens": runs[0].tokens,
-                "parameters": runs[0].parameters,
-                "flops_per_token": runs[0].flops_per_token,
-                "seeds": seeds,
-                "losses": losses,
-                "loss": mean(losses),
-                "perplexity": math.exp(min(mean(losses), 700)),  # e^709 is the largest float
-                "bits_per_byte": mean([result["bits_per_byte"] for result in results]),
-                "reference": reference,
-                **dict.fromkeys(["difference", "interval", "effect"]),
-                **{key: mean([result[key] for result in results]) for key in ("memory", "tokens_per_s")},
-            }
-        )
+        row = {
+            "name": name,
+            **(runs[0].case | runs[0].tuned),
+            **{key: getattr(runs[0], key) for key in ("tokens", "parameters", "flops_per_token")},
+            "seeds": seeds,
+            "losses": losses,
+            "loss": mean(losses),
+            "perplexity": math.exp(min(mean(losses), 700)),  # e^709 is the largest float
+            "bits_per_byte": mean([result["bits_per_byte"] for result in results]),
+            "reference": reference,
+            **dict.fromkeys(["difference", "interval", "effect"]),
+            **{key: mean([result[key] for result in results]) for key in ("memory", "tokens_per_s")},
+        }
+        rows.append(row)
     if not compared:
         return rows, []
     differences, half, sd = intervals.differences([row["losses"] for row in rows])  # their seeds are in one order
@@ -397,11 +390,10 @@ def compare_rows(reference, group):
     missing = sorted(set().union(*group.values()) - everywhere)
     notes = [f"Left out with {reference}, since a row lacks them: seeds {missing}."] if missing else []
     if half is not None:
-        seeds = len(everywhere)
-        found, enough = smallest_difference(len(rows), seeds, sd), seeds_for(TARGET, len(rows), sd)
+        found, enough = smallest_difference(len(rows), len(everywhere), sd), seeds_for(TARGET, len(rows), sd)
         notes.append(
-            f"{len(rows)} rows with {reference}: residual standard deviation {sd:.4f} nats. {seeds} seeds find a "
-            f"difference of {found:.4f} nats four times in five; for {TARGET} nats it takes "
+            f"{len(rows)} rows with {reference}: residual standard deviation {sd:.4f} nats. {len(everywhere)} "
+            f"seeds find a difference of {found:.4f} nats four times in five; for {TARGET} nats it takes "
             f"{enough or f'over {MOST_SEEDS}'} seeds."
         )
     return rows, notes
@@ -466,9 +458,7 @@ def describe_origin(runs, argv):
         "Data": [f"{about['config']['data']}, tokenizer {about['facts'].get('tokenizer')}" for about in abouts],
         "Training": [f"{run.tokens:,} tokens per run" for run in runs],
         "Commit": [about["origin"].get("commit") for about in abouts],
-        "Versions": [
-            f"{name} {about['origin'].get(name)}" for about in abouts for name in ("python", "torch", "numpy")
-        ],
+        "Versions": [f"{key} {about['origin'].get(key)}" for about in abouts for key in ("python", "torch", "numpy")],
         "Device": [f"{about['origin'].get('device')} in {about['config']['dtype']}" for about in abouts],
     }
     texts = [f"{name}: {', '.join(dict.fromkeys(map(str, values)))}" for name, values in lists.items()]
@@ -488,11 +478,9 @@ def report(rows, notes, failed, key, tuning, figures=(), origin=()):
 def write_results(rows, text, out):
     """results.md and .csv: the same for the same losses, wherever they were computed, but for the speed."""
     (out / "results.md").write_text(text, "utf-8")
+    lines = [[" ".join(map(str, item)) if isinstance(item, list) else item for item in row.values()] for row in rows]
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in row.items()})
+        csv.writer(file).writerows([list(rows[0]), *lines])
 
 
 def draw_figures(runs, rows, tuning, key, out):
@@ -537,8 +525,7 @@ def compare(argv):
     refuse_windows("tools.compare")
     name = "".join(Path(argument).stem for argument in others if not argument.startswith("--"))
     out, world, up_to = Path(options.out or f"out/compare/{name}"), options.nproc_per_node, options.tune_up_to
-    key, values = read_tune(options.tune, others) if options.tune else (None, [])
-    tried = [f"--{key}={','.join(map(str, values))}"] if key else []
+    key, tried = read_tune(options.tune, others) if options.tune else (None, [])
 
     def grid(arguments):
         """(the tuning runs, the candidates: the runs that may be compared, with each value of the tuned key)."""
@@ -589,8 +576,7 @@ def compare(argv):
         figures = draw_figures(runs, rows, losses, key, out)
         text = report(rows, notes, failed, key, losses, figures, describe_origin(runs, argv))
         write_results(rows, text, out)
-        print("\n" + text)
-        print(f"results: {out}/results.md, .csv, runs.jsonl and the figures")
+        print(f"\n{text}\nresults: {out}/results.md, .csv, runs.jsonl and the figures")
     return 1 if wrong else 0
 
 

@@ -99,14 +99,13 @@ def read_scalars(text, bounds, taken=()):
         if not match:
             hint = "trained are ap=0.8, a=0~ and, above a scalar of --fixed, an=0.8>beta; fixed are beta=0.5"
             raise UserError(f"{part!r} is not understood: {hint}")
-        name, start, mark = match[1], float(match[2]), match[3].replace(" ", "")
+        name, start, bound = match[1], float(match[2]), bounds[match[3].replace(" ", "")]
         if name in TAKEN or name in map(str, [*scalars, *taken]):
             raise UserError(f"the name {name} is taken, or given twice: choose another")
-        bound = bounds[mark]
         if bound is not None and not bound < start <= bound + 100:
             raise UserError(f"{name} starts at {start}, which must be above {bound}, by 100 at most")
         # to know that a scalar is positive helps to find integrals
-        positive = start > 0 and mark != "~" and (bound or 0) >= 0
+        positive = start > 0 and match[3] != "~" and (bound or 0) >= 0
         scalars[sympy.Symbol(name, **{"positive" if positive else "real": True})] = start, bound
     return scalars
 
@@ -116,9 +115,8 @@ def read_gradient(text, option, size, symbols):
     it parses, so it only gets to see numbers, operators and the names of this file."""
     names = {"x": X, "pi": sympy.pi} | {str(symbol): symbol for symbol in symbols} | FUNCTIONS
     known = re.match(rf"(?:[ +\-*/()]|{NUMBER}(?![\w.])|(?:{'|'.join(names)})(?!\w))*", text, re.ASCII)
-    if known.end() < len(text):
-        unknown = text[known.end() :][:30]
-        raise UserError(f"{option}: {unknown!r} is not understood: known are {', '.join(names)}, + - * / ** ( )")
+    if unknown := text[known.end() :]:
+        raise UserError(f"{option}: {unknown[:30]!r} is not understood: known are {', '.join(names)}, + - * / ** ( )")
     # the time limit could not stop 9**9**9
     if re.search(r"\*\*(?!-?(\d|1[0-2])(\.\d+)?(?![\w.]|\*\*))", text.replace(" ", "")):
         raise UserError(f"{option}: an exponent must be a number up to 12, as in x**2; for others use exp(…)")
@@ -351,8 +349,7 @@ def derive(argv):
     for gradient, size in zip(gradients, SIGN):
         wrong = PLACES[~np.isfinite(numeric(gradient, size, values)(PLACES))]
         if len(wrong):
-            where = f"x = {SIGN[size] * wrong[0]:.6g}"
-            raise UserError(f"the gradient {show(gradient)} is not a finite number at {where}")
+            raise UserError(f"the gradient {show(gradient)} is not a finite number at x = {SIGN[size] * wrong[0]:.6g}")
     say(f"integrating the gradient, for at most {SECONDS} seconds on each side")
     integrals = [integrate(gradient, size) for gradient, size in zip(gradients, SIGN)]
     right, left = positive.subs(P, 0), negative.subs(M, 0)
@@ -364,8 +361,7 @@ def derive(argv):
     if jump != 0 and not options.allow_jump:
         sides = f"from {show(left)} on the left to {show(right)} on the right"
         raise UserError(f"the gradient jumps at 0, {sides}: let the two sides meet, or say --allow_jump")
-    draft = types.ModuleType("draft")
-    sys.modules["draft"] = draft  # torch.compile looks for the functions' globals there
+    draft = sys.modules["draft"] = types.ModuleType("draft")  # torch.compile looks for the functions' globals there
     exec(text, vars(draft))
     say("checking its code, compiled and not, against numerical integration")
     mend_compiler_cache()
@@ -373,8 +369,7 @@ def derive(argv):
         check_values(draft, gradients, trained, fixed, shift)
     module = draft.ACTIVATION.module().double()
     start = ", ".join(f"{show(symbol)} = {value:.4g}" for symbol, value in values.items()) or "no scalars"
-    say(table(shown))
-    say(f"with {start}:\n{table(numbers_of(module))}")
+    say(f"{table(shown)}\nwith {start}:\n{table(numbers_of(module))}")
     draw(module, f"{name}, {start}", path.with_suffix(".png"))
     write_atomically(path, lambda file: file.write(text.encode()))
     say(f"{path} is written, its figure beside it. To train it:")

@@ -227,8 +227,7 @@ def write_tokenizer(folder, encoding, seq_len):
     # ignore_merges: like tiktoken, take a word that is a token as it is, without merging
     tokenizer = Tokenizer(models.BPE(ranks | encoding._special_tokens, merges, ignore_merges=True))
     # the regex engine of tokenizers would read {1,3}+ as a repeated repetition, not as a possessive one
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    split = pre_tokenizers.Split(Regex(encoding._pat_str.replace("{1,3}+", "{1,3}")), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(encoding._special_tokens))

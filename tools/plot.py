@@ -42,11 +42,10 @@ def new_figure(rows, columns, width, height, **options):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"axisbelow": True}, **options)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#dddddd", linewidth=0.6)
-        axis.set_axisbelow(True)
     return figure, axes
 
 
@@ -77,11 +76,10 @@ def read_groups(folders):
     group. Its label is the activation, and what else differs between groups."""
     runs = []
     for folder in map(Path, folders):
-        about, records = read_run(folder)
-        records = [record for record in records if record["kind"] == "val"]
-        if not records:
+        about, log = read_run(folder)
+        validations = {line["tokens"]: line | {"loss": float(line["loss"])} for line in log if line["kind"] == "val"}
+        if not validations:
             raise UserError(f"{folder} is not the folder of a run, or it has no validation in its log yet")
-        validations = {record["tokens"]: record | {"loss": float(record["loss"])} for record in records}
         runs.append((about["config"], validations))
     if not runs:
         raise UserError("give the folders of runs, as in out/compare/demo/*-seed=*")
@@ -200,10 +198,9 @@ def draw_budget(rows, path):
         style = line_style(number) | {"marker": "o", "markersize": 7, "linewidth": 1.6, "elinewidth": 2, "capsize": 4}
         axis.errorbar(places, differences, halves, label=name, **style)
     ticks = sorted({row["tokens"] / row["parameters"] for row in rows})
-    axis.set_xscale("log")
+    axis.set(xscale="log", xlabel="tokens per parameter")
     axis.set_xticks(ticks, [f"{tick:.1f}".removesuffix(".0") for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("tokens per parameter")
     axis.set_ylabel(f"loss − loss of {reference}\n(nats; above 0, {reference} is better)")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, path)

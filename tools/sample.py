@@ -164,10 +164,8 @@ def write_texts(options):
     device = machine.pick_device(options.device)
     dtype = machine.pick_dtype(options.dtype, device)
     model, config, known = load_run(options.out, device, dtype)
-    if name := options.tokenizer or known:
-        encode, end, decode = own_tokenizer(own_encoding(name, config))
-    else:
-        encode, end, decode = imported_tokenizer(options.out)
+    name = options.tokenizer or known
+    encode, end, decode = own_tokenizer(own_encoding(name, config)) if name else imported_tokenizer(options.out)
     print(f"{options.out} on {device.type} in {str(dtype)[6:]}", file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show all letters
     generator = torch.Generator().manual_seed(options.seed)
