@@ -272,7 +272,7 @@ def chunk_rows(rows, vocab_size, gpu_memory=None):
     """How many of the rows of logits the loss computes at once: as many as LOGITS_AT_ONCE allows or, given the bytes of
     a GPU's memory, an eighth of it in bfloat16. They divide `rows`: one compilation serves equal chunks."""
     limit = LOGITS_AT_ONCE if gpu_memory is None else gpu_memory // 16
-    most = int(max(1, min(rows, limit // vocab_size)))
+    most = max(1, min(rows, limit // vocab_size))
     return next(size for size in range(most, 0, -1) if rows % size == 0)
 
 

@@ -45,14 +45,19 @@ dtype = "float32"
 """
 
 
+def free_port():
+    """A port of this machine that no program uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(*arguments, processes=1, threads=1, torchrun=(), **options):
     """A process that trains; `processes` of them through torchrun, with these options of torchrun's."""
     command = [sys.executable]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *torchrun]
+        port = f"--master_port={free_port()}"
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", port, *torchrun]
     command += [str(ROOT / "train.py"), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(

@@ -17,7 +17,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ from activations import facts_of, load_derived
 from plumbing import files, machine
 from plumbing.command import UserError
 from plumbing.run import Run, check_facts, save_checkpoint
-from runs import ROOT, assert_same_losses, error, here, launch, log, run, settings_restored
+from runs import ROOT, assert_same_losses, error, free_port, here, launch, log, run, settings_restored
 from tools.check import check
 from tools.sample import load_run
 
@@ -287,10 +286,8 @@ def _die_or_hang(number):
         _os.kill(_os.getpid(), 9)
 """
     faults = faulty(config, once + fault("compute_gradient", "_die_or_hang(_number) or _original(*arguments)"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    torchrun = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--max-restarts=3"]
+    endpoint = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
+    torchrun = ["--nnodes=2", "--rdzv_backend=c10d", endpoint, "--max-restarts=3"]
     nodes = [launch(faults, "--micro_batch_size=2", "--resume", processes=2, torchrun=torchrun) for _ in range(2)]
     texts = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0] and f"resuming {out} at step 4" in "".join(texts)

@@ -186,7 +186,7 @@ def kept_by_layer(config, dtype):
     return bytes_kept(layer, [x, model.cos, model.sin], without=[model.cos, model.sin, *model.parameters()])
 
 
-def memory_of(model, gpu_memory=80e9):
+def memory_of(model, gpu_memory=80 * 10**9):
     """{part: bytes} of a GPU with `gpu_memory` bytes that trains a compiled model."""
     config, dtype = model.config, model.compute_dtype
     parameters, head = model.num_parameters(), model.lm_head.weight.numel()
